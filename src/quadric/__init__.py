@@ -1,0 +1,1 @@
+"""Second-order information for everyday PyTorch."""

@@ -1,0 +1,1 @@
+"""Tasks, models, one training loop, races and their reports."""
