@@ -1,0 +1,106 @@
+"""Curvature: what is believed about the damped matrix G of a loss, learnt from observations."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quadric.matrix import PSDMatrix
+
+__all__ = ["Curvature", "Schedule"]
+
+Schedule = float | Callable[[int], float]
+"""A number, or a function from the number of updates so far to a number."""
+
+
+class Curvature(nn.Module, ABC):
+    """A belief about a damped curvature matrix over ``dim`` coordinates; its tensors are buffers.
+
+    A buffer is made when the first observation arrives, on its device and in its type, so that a constructor needs to
+    know neither. A subclass says how an observation is absorbed and which matrix is believed in.
+
+    Args:
+        dim: number of coordinates.
+        damping: λ, positive, or a schedule of it over the number of updates.
+
+    Raises:
+        ValueError: if ``dim`` or ``damping`` is not positive.
+    """
+
+    def __init__(self, dim: int, damping: Schedule):
+        super().__init__()
+        if dim < 1:
+            raise ValueError(f"dim must be at least 1, got {dim}: it is the number of coordinates of a gradient")
+        self.dim = dim
+        self.damping = damping
+        self.updates = 0  # observations absorbed so far
+        self.damping_now()
+
+    def damping_now(self) -> float:
+        """λ at the present number of updates.
+
+        Raises:
+            ValueError: if it is not a positive finite number.
+        """
+        value = float(self.damping(self.updates) if callable(self.damping) else self.damping)
+        if not 0 < value < float("inf"):
+            raise ValueError(f"damping must be positive and finite, got {value}: 1e-5 to 1e-2 are usual")
+        return value
+
+    @torch.no_grad()
+    def update(self, observation: Tensor) -> None:
+        """Learn from one observation.
+
+        Args:
+            observation: a gradient, ``(dim,)``.
+
+        Raises:
+            ValueError: if it has another shape or holds a number that is not finite; nothing is changed then.
+        """
+        if observation.shape != (self.dim,):
+            raise ValueError(
+                f"the observation has shape {tuple(observation.shape)}, but this estimate covers {self.dim} coordinates: "
+                "flatten the gradients and concatenate them in one order"
+            )
+        if not observation.is_floating_point() or not bool(torch.isfinite(observation).all()):
+            finite = observation.is_floating_point()
+            found = observation[~torch.isfinite(observation)][0].item() if finite else observation.dtype
+            raise ValueError(f"the observation holds {found}: skip this batch, or look for the overflow in its loss")
+        self.absorb(observation)
+
+    @abstractmethod
+    def absorb(self, observation: Tensor) -> None:
+        """:meth:`update` for an observation already known to be finite and of the right shape."""
+
+    @abstractmethod
+    def matrix(self) -> PSDMatrix:
+        """What is believed now, factorised when first used; it does not follow later updates."""
+
+    def columns(self) -> dict[str, Tensor]:
+        """The state that belongs to single coordinates, copied, each tensor ``(..., dim)``."""
+        return {}
+
+    def shared(self) -> dict[str, Tensor]:
+        """The state that belongs to no coordinate: small tensors, copied."""
+        return {"updates": torch.tensor(self.updates)}
+
+    def restore(self, columns: dict[str, Tensor], shared: dict[str, Tensor]) -> None:
+        """Take over what :meth:`columns` and :meth:`shared` gave."""
+        self.updates = int(shared["updates"])
+
+    def get_extra_state(self) -> Tensor:  # noqa: D102
+        return torch.tensor(self.updates)
+
+    def set_extra_state(self, state: Tensor) -> None:  # noqa: D102
+        self.updates = int(state)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # A buffer that no observation has made yet takes its shape and type from the file.
+        for name, buffer in self._buffers.items():
+            if buffer is None and prefix + name in state_dict:
+                self._buffers[name] = torch.empty_like(state_dict[prefix + name])
+        super()._load_from_state_dict(state_dict, prefix, *args)

@@ -1,0 +1,135 @@
+"""Files that are either the old version or the new one, never something between.
+
+A file is written beside its destination, forced to the disk, then renamed over it: a kill or a full disk at any moment
+leaves the previous file as it was. Reading goes through ``weights_only=True``: nothing is unpickled.
+"""
+
+import errno
+import json
+import math
+import os
+import pickle
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+
+from quadric.lab import LabError
+
+FORMAT = "quadric-checkpoint-1"
+REMEDIES = {
+    errno.ENOSPC: "the disk is full: free some space",
+    errno.EDQUOT: "the disk quota is used up: free some space",
+    errno.EFBIG: "the file is larger than this disk or this user may write: raise the limit",
+    errno.EACCES: "no permission to write there: choose another --out",
+    errno.EROFS: "the disk is read-only: choose another --out",
+}
+
+
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file in one piece or not at all.
+
+    Args:
+        path: The destination; its folder is made where it is missing.
+        write: Called with a binary file open for writing.
+
+    Raises:
+        LabError: When the folder or the disk refuses; the file that was there before is untouched.
+    """
+    draft = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        # The same folder: a rename across disks would be a copy, and a copy can be interrupted.
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            draft = Path(file.name)
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        draft.chmod(0o644)
+        draft.replace(path)
+    except (OSError, RuntimeError) as error:
+        cause = _system_error(error)
+        if cause is None:
+            raise
+        reason = REMEDIES.get(cause.errno or 0, f"{cause.strerror or cause}: check the folder")
+        kept = "the previous one is untouched" if path.exists() else "nothing was written"
+        raise LabError(f"cannot write {path} ({kept}); {reason}, then repeat with --resume", code=1) from error
+    finally:
+        if draft is not None:
+            draft.unlink(missing_ok=True)
+
+
+def _system_error(error: BaseException | None) -> OSError | None:
+    # torch.save's writer wraps what the file object raised in a RuntimeError of its own: the OSError is its context.
+    while error is not None and not isinstance(error, OSError):
+        error = error.__cause__ or error.__context__
+    return error
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Write a checkpoint: tensors, numbers, strings, lists and dictionaries.
+
+    Args:
+        path: The destination.
+        state: What to keep.
+    """
+    write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
+
+
+def load(path: Path) -> dict[str, Any]:
+    """Read a checkpoint that :func:`save` wrote, onto the CPU.
+
+    Args:
+        path: The checkpoint.
+
+    Raises:
+        LabError: When the file is missing, truncated, damaged or not a checkpoint of quadric.
+    """
+    remedy = "delete it to start this run again"
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise LabError(f"there is no checkpoint at {path}; start the run without --resume") from error
+    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+        raise LabError(f"the checkpoint {path} is truncated or damaged; {remedy}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise LabError(f"{path} is not a checkpoint of this version of quadric; {remedy}")
+    return state
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write plain JSON atomically; numbers that JSON does not have (NaN, infinities) become null.
+
+    Args:
+        path: The destination.
+        value: Dictionaries, lists, strings, numbers, booleans and None.
+    """
+    text = json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
+    write_atomically(path, lambda file: file.write(text.encode()))
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON file of a run's folder.
+
+    Args:
+        path: The file.
+
+    Raises:
+        LabError: When it cannot be read or is not JSON.
+    """
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise LabError(f"cannot read {path} ({error}); delete it or choose another --out") from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {str(key): _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value

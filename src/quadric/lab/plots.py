@@ -1,0 +1,382 @@
+"""Pictures of a race: curves with seed bands, where each seed ended, what was tuned.
+
+Nothing here knows a results file. A picture is a function of the `Series` it draws; `svg` and `png` turn a picture
+into bytes, and `inline` turns an SVG into markup that takes its colours from the page around it.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import matplotlib
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+
+# name → (colour on light, colour on dark). Every light colour occurs once: `inline` finds them again by value.
+# The hues are those of Okabe and Ito, told apart under the common colour deficiencies; rivals take the quieter ones
+# and are dashed, so that colour never carries a distinction alone.
+THEME = {
+    "ink": ("#1f2328", "#e6e9ed"),
+    "muted": ("#66707b", "#98a2ad"),
+    "grid": ("#e3e6ea", "#2e353d"),
+    "paper": ("#fefefe", "#14181d"),
+    "ours-0": ("#0072b2", "#4aa8e8"),
+    "ours-1": ("#d55e00", "#ff8f4a"),
+    "ours-2": ("#00916a", "#2fc79b"),
+    "ours-3": ("#8a4fa8", "#c79be6"),
+    "ours-4": ("#a3123a", "#ff7a9c"),
+    "rival-0": ("#7b8794", "#a3aeba"),
+    "rival-1": ("#b98500", "#e3b341"),
+    "rival-2": ("#cc79a7", "#e6a5c8"),
+    "rival-3": ("#3fa0d0", "#7fcbf2"),
+}
+INK, MUTED, GRID = (THEME[name][0] for name in ("ink", "muted", "grid"))
+_DASHES = ((4, 1.6), (1.4, 1.4), (6, 1.6, 1.4, 1.6), (8, 2))
+_WIDTH, _HEIGHT = 5.2, 3.3  # inches; at this width the 9 point letters are still legible on a phone
+_SMALL, _NORMAL = 9.0, 10.0
+
+
+@dataclass(frozen=True)
+class Style:
+    """How one optimizer looks in every picture: a colour of `THEME` and, for rivals, dashes in units of line width."""
+
+    key: str
+    dashes: tuple[float, ...] = ()
+
+    @property
+    def colour(self) -> str:
+        """The colour on a light ground."""
+        return THEME[self.key][0]
+
+    @property
+    def line(self) -> str | tuple[float, tuple[float, ...]]:
+        """The same dashes in matplotlib's words."""
+        return (0, self.dashes) if self.dashes else "-"
+
+
+def styles(ours: Sequence[bool]) -> list[Style]:
+    """One style for each optimizer, in order; beyond the palette colours repeat.
+
+    Args:
+        ours: Which of them are this library's.
+    """
+    given, result = {True: 0, False: 0}, []
+    for mine in ours:
+        i = given[mine]
+        given[mine] += 1
+        result.append(Style(f"ours-{i % 5}") if mine else Style(f"rival-{i % 4}", _DASHES[i % 4]))
+    return result
+
+
+@dataclass(frozen=True)
+class Series:
+    """What a picture shows of one optimizer.
+
+    Args:
+        label: Its name.
+        style: Its look.
+        x: Horizontal positions.
+        y: Mean over the seeds.
+        low: Lowest seed.
+        high: Highest seed.
+        broken: The runs that did not finish, as (x, y) each.
+    """
+
+    label: str
+    style: Style
+    x: list[float] = field(default_factory=list)
+    y: list[float] = field(default_factory=list)
+    low: list[float] = field(default_factory=list)
+    high: list[float] = field(default_factory=list)
+    broken: list[tuple[list[float], list[float]]] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Trials:
+    """The learning rates tried for one optimizer: those with a loss, those without, and the one chosen."""
+
+    label: str
+    style: Style
+    rates: list[float]
+    losses: list[float]
+    lost: list[float]
+    chosen: float | None
+
+
+@contextmanager
+def settings() -> Iterator[None]:
+    """Draw and save inside this: the reader's own matplotlibrc must not change a report, nor a report the reader's."""
+    wanted = {
+        "font.family": "sans-serif",
+        "font.size": _SMALL,
+        "text.usetex": False,
+        "svg.fonttype": "none",  # letters stay letters: small files, and the page's own font
+        "svg.hashsalt": "quadric",
+    }
+    with matplotlib.rc_context(wanted), warnings.catch_warnings():
+        # A name in a script the bundled font lacks: boxes in the PNG, but a browser has the letters.
+        warnings.filterwarnings("ignore", message="Glyph .* missing from")
+        yield
+
+
+def curves(series: Sequence[Series], *, x: str, y: str, log_y: bool = False, target: float | None = None) -> Figure:
+    """Mean lines with seed bands, each labelled at its end.
+
+    Args:
+        series: What to draw.
+        x: Name of the horizontal axis; "seconds" axes turn logarithmic where the times differ much.
+        y: Name of the vertical axis.
+        log_y: Draw the values on a logarithmic axis if all are positive and they span enough.
+        target: A value to mark with a line.
+    """
+    figure, (axes,) = _figure(1)
+    draw_curves(axes, series, x=x, y=y, log_y=log_y, target=target)
+    return figure
+
+
+def race(left: Sequence[Series], right: Sequence[Series], *, y: str, target: float | None) -> Figure:
+    """The same quantity over steps and over seconds, side by side."""
+    figure, (a, b) = _figure(2)
+    draw_curves(a, left, x="steps", y=y, target=target, named=False)
+    draw_curves(b, right, x="training seconds", y=y, target=target)
+    return figure
+
+
+def draw_curves(
+    axes: Axes,
+    series: Sequence[Series],
+    *,
+    x: str,
+    y: str,
+    log_y: bool = False,
+    target: float | None = None,
+    named: bool = True,
+) -> None:
+    """Draw `curves` into existing axes, without the names if they stand elsewhere."""
+    low, high = _window(series, target)
+    healthy = [v for s in series for v in [*s.low, *s.high]] or [v for s in series for _, ys in s.broken for v in ys]
+    log_y = log_y and min(healthy) > 0 and max(healthy) > 5 * min(healthy)
+    if log_y:
+        low, high = min(healthy), max(healthy)
+        axes.set_yscale("log")
+        _log_ticks(axes.yaxis, low, high)
+    bottom, top = _widened(low, high, log_y)
+    axes.set_ylim(bottom, top)
+    paths = [s.x for s in series if s.x] + [xs for s in series for xs, _ in s.broken]
+    first, last = min(xs[0] for xs in paths), [xs[-1] for xs in paths]
+    if x != "steps" and first > 0 and max(last) > 8 * min(last):
+        axes.set_xscale("log")
+        _log_ticks(axes.xaxis, first, max(last))
+    else:
+        axes.set_xlim(0, max(last) * 1.02 or 1)
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+    if target is not None:
+        axes.axhline(target, color=MUTED, lw=0.9, ls=(0, (2, 2)), zorder=1)
+        axes.annotate(
+            "target", (0, target), xycoords=("axes fraction", "data"), xytext=(2, 3), textcoords="offset points",
+            color=MUTED, fontsize=_SMALL - 1,
+        )  # fmt: skip
+    for s in series:
+        colour = s.style.colour
+        for xs, ys in s.broken:
+            axes.plot(xs, ys, color=colour, lw=0.9, ls=s.style.line, alpha=0.7)
+            axes.plot(xs[-1:], [min(max(ys[-1], bottom), top)], "x", color=colour, ms=6, mew=1.6, clip_on=False)
+        if s.x:
+            axes.fill_between(s.x, s.low, s.high, color=colour, alpha=0.15, lw=0)
+            axes.plot(s.x, s.y, color=colour, lw=1.8, ls=s.style.line)
+            axes.plot(s.x[-1:], s.y[-1:], "o", color=colour, ms=3.6)
+    _dress(axes, x, y)
+    if named:
+        _label_ends(axes, series)
+
+
+def ends(series: Sequence[Series], *, x: str) -> Figure:
+    """One row for each optimizer: a dot for each seed, a bar at the mean.
+
+    Args:
+        series: `x` the seeds' values, `y` their mean; both empty if none finished.
+        x: Name of the horizontal axis.
+    """
+    figure, (axes,) = _figure(1)
+    for row, s in enumerate(series):
+        if s.x:
+            axes.plot([min(s.x), max(s.x)], [row, row], color=s.style.colour, lw=1.2, alpha=0.5)
+            axes.plot(s.x, [row] * len(s.x), "o", color=s.style.colour, ms=6, alpha=0.75, mew=0)
+            axes.plot(s.y, [row] * len(s.y), "|", color=s.style.colour, ms=17, mew=2.2)
+    _dress(axes, x, "Where each seed ended")
+    axes.grid(axis="x", color=GRID, lw=0.8)
+    axes.grid(visible=False, axis="y")
+    axes.set_ylim(len(series) - 0.4, -0.6)
+    axes.margins(x=0.06)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    axes.set_yticks(range(len(series)), [_short(s.label) for s in series], color=INK, parse_math=False)
+    return figure
+
+
+def tuning(trials: Sequence[Trials]) -> Figure:
+    """Validation loss against learning rate, a panel for each optimizer, with the others faint behind it.
+
+    Losses beyond a hundred times the best are drawn with the diverged ones, as crosses at the top.
+    """
+    best = min((loss for t in trials for loss in t.losses), default=1.0)
+    roof = best * 100 if best > 0 else math.inf
+    kept = [[(r, v) for r, v in zip(t.rates, t.losses, strict=True) if v <= roof] for t in trials]
+    lost = [[*t.lost, *(r for r, v in zip(t.rates, t.losses, strict=True) if v > roof)] for t in trials]
+    values, rates = [v for k in kept for _, v in k], [r for t in trials for r in [*t.rates, *t.lost]]
+    low, high = (min(values), max(values)) if values else (0.1, 1.0)
+    logarithmic = low > 0
+    columns = min(2, len(trials))
+    rows = -(-len(trials) // columns)
+    figure = Figure((_WIDTH, 0.45 + 1.45 * rows), layout="constrained")
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for i, (axes, t) in enumerate(zip(panels, trials, strict=False)):
+        if logarithmic:
+            axes.set_yscale("log")
+            _log_ticks(axes.yaxis, low, high)
+        axes.set_xscale("log")
+        _log_ticks(axes.xaxis, min(rates), max(rates))
+        for k in kept:
+            axes.plot([r for r, _ in k], [v for _, v in k], color=GRID, lw=1.2)
+        axes.plot(*_columns(kept[i]), color=t.style.colour, lw=1.6, ls=t.style.line, marker="o", ms=3.4)
+        axes.plot(
+            lost[i], [0.93] * len(lost[i]), "x", color=t.style.colour, ms=6, mew=1.6, transform=axes.get_xaxis_transform()
+        )
+        for r, v in kept[i]:
+            if r == t.chosen:
+                axes.plot([r], [v], "o", ms=9, mfc="none", mec=INK, mew=1.3)
+        _dress(axes, "learning rate" if i + columns >= len(trials) else "", _short(t.label))
+        axes.tick_params(labelbottom=i + columns >= len(trials))
+        axes.set_xlim(*_widened(min(rates), max(rates), True))
+        axes.set_ylim(_widened(low, high, logarithmic)[0], _widened(low, high, logarithmic, 0.3)[1])  # room for crosses
+    for axes in panels[len(trials) :]:
+        axes.set_visible(False)
+    return figure
+
+
+def svg(figure: Figure) -> str:
+    """The picture as an SVG document, the same bytes for the same picture."""
+    buffer = io.StringIO()
+    figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
+    return buffer.getvalue()
+
+
+def png(figure: Figure) -> bytes:
+    """The picture as a PNG, sharp on a dense screen."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=180, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def inline(document: str, prefix: str) -> str:
+    """Markup of an SVG document for use inside a page: the page's font and colours, identifiers of its own.
+
+    Args:
+        document: What `svg` returned.
+        prefix: Distinguishes its identifiers from those of other pictures on the page.
+    """
+    markup = document[document.index("<svg") :].strip()
+    markup = re.sub(r'^<svg [^>]*(viewBox="[^"]*")[^>]*>', r"<svg \1>", markup)  # the page decides how large it is
+    markup = markup.replace("xlink:href", "href")
+    # The figure's and the axes' own grounds are drawn first, each as one patch; the page shows through instead.
+    markup = re.sub(r'style="fill: #ffffff"', 'style="fill: none"', markup)
+    for name, (light, _) in THEME.items():
+        markup = markup.replace(f": {light}", f": var(--{name})")
+    markup = re.sub(r"'DejaVu Sans',[^;\"]*", "sans-serif", markup)
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', markup))
+    markup = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", markup)
+    return re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", markup)
+
+
+def spread_out(positions: Sequence[float], gap: float) -> list[float]:
+    """Move positions apart until neighbours are `gap` from each other, as little as possible in the square.
+
+    >>> spread_out([0.0, 5.0, 5.0], 1.0)
+    [0.0, 4.5, 5.5]
+    """
+    order = sorted(range(len(positions)), key=lambda i: positions[i])
+    # With i·gap taken off, "apart by gap" reads "not decreasing": isotonic regression by pooling adjacent violators.
+    pools: list[tuple[float, int]] = []
+    for rank, i in enumerate(order):
+        mean, size = positions[i] - rank * gap, 1
+        while pools and pools[-1][0] > mean:
+            other, count = pools.pop()
+            mean, size = (mean * size + other * count) / (size + count), size + count
+        pools.append((mean, size))
+    moved = [0.0] * len(positions)
+    flat = [mean for mean, size in pools for _ in range(size)]
+    for rank, i in enumerate(order):
+        moved[i] = flat[rank] + rank * gap
+    return moved
+
+
+def _figure(columns: int) -> tuple[Figure, list[Axes]]:
+    figure = Figure((_WIDTH if columns == 1 else 8.6, _HEIGHT), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False).ravel())
+
+
+def _window(series: Sequence[Series], target: float | None) -> tuple[float, float]:
+    # The first tenth of a training runs through values nobody compares; curves enter the window from outside.
+    late = [v for s in series for v in [*s.low[len(s.low) // 10 :], *s.high[len(s.high) // 10 :]]]
+    late = sorted(late or [v for s in series for _, ys in s.broken for v in ys])
+    cut = len(late) // 20
+    kept = [*late[cut : len(late) - cut], *(v for s in series for v in [*s.low[-1:], *s.high[-1:]])]
+    kept += [] if target is None else [target]
+    return min(kept), max(kept)
+
+
+def _widened(low: float, high: float, log: bool, share: float = 0.06) -> tuple[float, float]:
+    if log:
+        a, b = _widened(math.log10(low), math.log10(high), False, share)
+        return 10**a, 10**b
+    margin = share * (high - low) or 0.05 * abs(high) or 0.5
+    return low - margin, high + margin
+
+
+def _log_ticks(axis, low: float, high: float) -> None:  # noqa: ANN001
+    decades = math.log10(high / low)
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,), numticks=8))
+    axis.set_minor_locator(NullLocator())
+    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
+def _dress(axes: Axes, x: str, y: str) -> None:
+    axes.set_title(y, loc="left", fontsize=_NORMAL, color=INK, parse_math=False)
+    axes.set_xlabel(x, color=MUTED, fontsize=_SMALL)
+    axes.tick_params(colors=MUTED, labelsize=_SMALL, length=0)
+    axes.grid(axis="y", color=GRID, lw=0.8)
+    axes.set_axisbelow(True)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color(MUTED)
+    axes.spines["bottom"].set_linewidth(0.8)
+
+
+def _label_ends(axes: Axes, series: Sequence[Series]) -> None:
+    # Names stand right of the axes, in the order of the curves' ends, each tied to its end by a hair line.
+    tips = [(s, s.x[-1], s.y[-1]) if s.x else (s, s.broken[0][0][-1], s.broken[0][1][-1]) for s in series if s.x or s.broken]
+    bottom, top = axes.get_ylim()
+    scale = math.log if axes.get_yscale() == "log" else float
+    inside = [min(max(y, bottom), top) for _, _, y in tips]
+    heights = [(scale(y) - scale(bottom)) / (scale(top) - scale(bottom)) for y in inside]
+    places = spread_out(heights, 1.35 * _SMALL / (0.78 * 72 * _HEIGHT))
+    for (s, x, _), y, place in zip(tips, inside, places, strict=True):
+        hair = {"arrowstyle": "-", "color": s.style.colour, "lw": 0.8, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
+        axes.annotate(
+            _short(s.label), (x, y), xytext=(1.06, place), textcoords="axes fraction", va="center", color=INK,
+            fontsize=_SMALL, arrowprops=hair, annotation_clip=False, parse_math=False,
+        )  # fmt: skip
+
+
+def _short(label: str) -> str:
+    return label if len(label) <= 22 else label[:21] + "…"
+
+
+def _columns(pairs: list[tuple[float, float]]) -> tuple[list[float], list[float]]:
+    return [a for a, _ in pairs], [b for _, b in pairs]

@@ -1,0 +1,457 @@
+"""Damped positive definite matrices of huge dimension, as values: factorised once, never changed."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from quadric.tiles import Tiles, combine, project, slabs, wide
+
+__all__ = ["BlockMean", "Diagonal", "Groups", "LowRank", "PSDMatrix"]
+
+
+class PSDMatrix(ABC):
+    r"""A symmetric positive definite ``dim × dim`` matrix :math:`G` and its powers.
+
+    A subclass says how :math:`G^p` meets a vector (:meth:`apply`), its diagonal and its determinant; everything else
+    follows here. The matrix axis is always the last one: ``v`` is ``(..., dim)``, any number of vectors at once.
+    Powers below one need :math:`G` to be positive definite.
+    """
+
+    dim: int
+    dtype: torch.dtype
+    device: torch.device
+
+    def apply(self, v: Tensor, power: float = 1.0) -> Tensor:
+        """The product ``G**power @ v``.
+
+        Args:
+            v: vectors, ``(..., dim)``.
+            power: any real number; −1 solves by Cholesky, other powers but 0 and 1 take an eigendecomposition of the
+                small matrix, made once and kept.
+
+        Raises:
+            ValueError: if the last axis of ``v`` is not ``dim`` long.
+        """
+        if v.ndim == 0 or v.shape[-1] != self.dim:
+            raise ValueError(
+                f"v has shape {tuple(v.shape)}, but the last axis must have the matrix's {self.dim} entries: "
+                f"pass vectors as (..., {self.dim})"
+            )
+        return v.clone() if power == 0 else self._apply(v, power)
+
+    @abstractmethod
+    def _apply(self, v: Tensor, power: float) -> Tensor: ...
+
+    @abstractmethod
+    def diagonal(self, power: float = 1.0) -> Tensor:
+        """The diagonal of ``G**power``, ``(dim,)``."""
+
+    @abstractmethod
+    def logdet(self) -> Tensor:
+        """The logarithm of the determinant, a scalar."""
+
+    def solve(self, v: Tensor) -> Tensor:
+        """The solution x of ``G x = v``."""
+        return self.apply(v, -1.0)
+
+    def inverse_diagonal(self) -> Tensor:
+        """The diagonal of the inverse, ``(dim,)``."""
+        return self.diagonal(-1.0)
+
+    def trace(self) -> Tensor:
+        """The sum of the eigenvalues, a scalar."""
+        return self.diagonal().sum()
+
+    def quad(self, v: Tensor, power: float = 1.0) -> Tensor:
+        """The quadratic form ``vᵀ G**power v``, ``(...,)``."""
+        return (v * self.apply(v, power)).sum(-1)
+
+    def sample(self, n: int, power: float = 1.0, *, generator: torch.Generator | None = None) -> Tensor:
+        """Draws of a normal variable with mean zero and covariance ``G**power``, ``(n, dim)``."""
+        noise = torch.randn(n, self.dim, dtype=self.dtype, device=self.device, generator=generator)
+        return self.apply(noise, power / 2)
+
+    def to_dense(self) -> Tensor:
+        """The whole matrix, ``(dim, dim)``: for small dimensions and tests."""
+        return self.apply(torch.eye(self.dim, dtype=self.dtype, device=self.device))
+
+    def __matmul__(self, v: Tensor) -> Tensor:
+        return self.apply(v)
+
+    @property
+    def shape(self) -> torch.Size:
+        """``(dim, dim)``."""
+        return torch.Size((self.dim, self.dim))
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}(dim={self.dim}, dtype={self.dtype}, device={str(self.device)!r})"
+
+
+class Diagonal(PSDMatrix):
+    r"""A diagonal matrix :math:`G = \mathrm{diag}(d)`.
+
+    Cost: one pass over ``dim`` numbers for every operation.
+
+    Args:
+        values: the diagonal, ``(dim,)``, not negative.
+
+    Raises:
+        ValueError: if ``values`` is not a vector of finite numbers, none of them negative.
+
+    Example:
+        >>> Diagonal(torch.tensor([1.0, 4.0])).apply(torch.tensor([2.0, 2.0]), power=-0.5)
+        tensor([2., 1.])
+    """
+
+    def __init__(self, values: Tensor):
+        if values.ndim != 1 or not torch.isfinite(values).all() or (values < 0).any():
+            raise ValueError(
+                f"values must be a vector of finite numbers, none of them negative, got {_shown(values)}: "
+                "take the absolute value or clamp before building the matrix"
+            )
+        self.values = values.clone()
+        self.dim, self.dtype, self.device = len(values), values.dtype, values.device
+
+    def _apply(self, v: Tensor, power: float) -> Tensor:
+        return v * self.diagonal(power)
+
+    def diagonal(self, power: float = 1.0) -> Tensor:  # noqa: D102
+        return self.values.pow(power)
+
+    def logdet(self) -> Tensor:  # noqa: D102
+        return self.values.log().sum()
+
+
+class LowRank(PSDMatrix):
+    r"""A few directions on top of a multiple of the identity, :math:`G = \lambda I + R^\top R`.
+
+    With the small matrix :math:`K = \lambda I + RR^\top` and the eigenvalues :math:`\sigma` and vectors :math:`U` of
+    :math:`RR^\top`,
+
+    .. math::
+        G^{-1}v = (v - R^\top K^{-1} R v)/\lambda, \qquad
+        G^p v = \lambda^p v + R^\top U\, \frac{(\lambda+\sigma)^p - \lambda^p}{\sigma}\, U^\top R v .
+
+    Products and factors are taken in double precision whatever the type of the rows, because the difference above
+    cancels: with float32 sums it has no correct digit left once :math:`\sigma/\lambda` exceeds :math:`10^7`.
+
+    Cost: O(rank² dim) once, then O(rank dim) a vector. If the rank exceeds the dimension (of a
+    block), the matrix itself is factorised instead.
+
+    Args:
+        rows: R, ``(rank, dim)``, any scaling already inside; rank 0 leaves λI. They are copied.
+        damping: λ, positive.
+        block_size: keep only the diagonal blocks of so many consecutive columns (the last block may be shorter).
+
+    Raises:
+        ValueError: if ``damping`` is not positive, ``rows`` not finite or not a matrix, or ``block_size`` below 1.
+
+    Example:
+        One direction (3, 4) of length 5 and λ = 1: the eigenvalue along it is 26, across it 1.
+
+        >>> matrix = LowRank(torch.tensor([[3.0, 4.0]]), damping=1.0)
+        >>> matrix.solve(torch.tensor([78.0, 104.0]))
+        tensor([3., 4.])
+        >>> round(matrix.logdet().exp().item(), 4)
+        26.0
+    """
+
+    def __init__(self, rows: Tensor, damping: float, *, block_size: int | None = None):
+        if rows.ndim != 2 or not torch.isfinite(rows).all():
+            raise ValueError(f"rows must be a finite (rank, dim) tensor, got {_shown(rows)}: stack vectors with vstack")
+        tiles = Tiles.runs(rows.shape[1], block_size)
+        self._build(tiles.cut(rows).clone(memory_format=torch.contiguous_format), tiles, damping, weight=1.0)
+
+    @classmethod
+    def of_tiles(cls, rows: Tensor, tiles: Tiles, damping: float, weight: float = 1.0) -> LowRank:
+        """The matrix ``damping·I + weight·rowsᵀ rows`` of rows stored as tiles, which are shared, not copied.
+
+        Args:
+            rows: ``(tiles, rank, width)``. If they change afterwards, the next use of the matrix raises an error.
+            tiles: the cut of the columns; each of its blocks has a matrix of its own.
+            damping: λ, positive.
+            weight: scale of the squares, for instance one over the number of rows for their mean.
+        """
+        self = cls.__new__(cls)
+        self._build(rows, tiles, damping, weight)
+        return self
+
+    def _build(self, rows: Tensor, tiles: Tiles, damping: float, weight: float) -> None:
+        if not 0 < damping < float("inf"):
+            raise ValueError(f"damping must be positive and finite, got {damping}: 1e-5 to 1e-2 are usual")
+        self._stored, self._version, self._tiles = rows, rows._version, tiles
+        self.damping, self.weight = float(damping), float(weight)
+        self.dim, self.device = tiles.dim, rows.device
+        self.dtype = torch.promote_types(rows.dtype, torch.float32)
+        # Fewer columns than rows: the block itself is the smaller matrix, and has nothing to cancel.
+        self._inner = tiles.one_each and tiles.width < rows.shape[1]
+
+    @property
+    def rank(self) -> int:
+        """The number of rows."""
+        return self._stored.shape[1]
+
+    @property
+    def rows(self) -> Tensor:
+        """R, ``(rank, dim)``, with the weight inside: a copy."""
+        return self._tiles.join(self._rows.to(self.dtype) * self.weight**0.5)
+
+    @property
+    def _rows(self) -> Tensor:
+        if self._stored._version != self._version:
+            raise RuntimeError(
+                "the estimate behind this matrix has been updated since it was taken: call matrix() again after update()"
+            )
+        return self._stored
+
+    @cached_property
+    def _small(self) -> Tensor:
+        """``weight·R Rᵀ`` of each block or, where that is smaller, ``weight·Rᵀ R``."""
+        parts = [slab.mT @ slab if self._inner else slab @ slab.mT for _, slab in slabs(self._rows, wide(self._rows))]
+        return self.weight * self._tiles.total(torch.cat(parts))
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        return cholesky(self._small, self.damping)
+
+    @cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self._small)
+        return values.clamp_min(0), vectors
+
+    def _apply(self, v: Tensor, power: float) -> Tensor:
+        rows, tiles = self._rows, self._tiles
+        x = tiles.cut(v.reshape(-1, self.dim).to(wide(rows))).contiguous()  # (tiles, vectors, width)
+        if self._inner and power != 1:
+            x = torch.cholesky_solve(x.mT, self._factor).mT if power == -1 else x @ self._dense_power(power)
+        else:
+            inner = tiles.total(project(rows, x))  # (blocks, vectors, rank)
+            if power == 1:
+                base, inner = self.damping, inner * self.weight
+            elif power == -1:
+                # Scaled at the end, so that the difference is taken between numbers of one size.
+                base, inner = 1.0, torch.cholesky_solve(inner.mT, self._factor).mT * -self.weight
+            else:
+                values, vectors = self._spectrum
+                base = self.damping**power
+                inner = (inner @ vectors * self._gain(values, power).unsqueeze(1)) @ vectors.mT
+            x = base * x + combine(tiles.spread(inner).contiguous(), rows)
+            x = x / self.damping if power == -1 else x
+        return tiles.join(x).reshape(v.shape).to(torch.promote_types(v.dtype, self.dtype))
+
+    def _gain(self, values: Tensor, power: float) -> Tensor:
+        """``weight·((λ+σ)^p − λ^p)/σ``, without cancellation for small σ and with its limit at σ = 0."""
+        ratio = values / self.damping
+        gain = torch.expm1(power * ratio.log1p()) / ratio
+        return self.weight * self.damping ** (power - 1) * torch.where(ratio > 0, gain, power)
+
+    def _dense_power(self, power: float) -> Tensor:
+        if power == -1:
+            return torch.cholesky_inverse(self._factor)
+        values, vectors = self._spectrum
+        return vectors * (self.damping + values).pow(power).unsqueeze(1) @ vectors.mT
+
+    def diagonal(self, power: float = 1.0) -> Tensor:  # noqa: D102
+        if self._inner and power != 1:
+            x = self._dense_power(power).diagonal(dim1=1, dim2=2)
+        elif power == 1:
+            x = self.damping + self.weight * self._column_squares(None)
+        elif power == -1:
+            eye = torch.eye(self.rank, dtype=self._factor.dtype, device=self.device)
+            inverse = torch.linalg.solve_triangular(self._factor, eye, upper=False)
+            x = (1 - self.weight * self._column_squares(inverse)) / self.damping
+        else:
+            values, vectors = self._spectrum
+            gain = self._gain(values, power)  # all of one sign, that of the power
+            x = self.damping**power + math.copysign(1, power) * self._column_squares(
+                (vectors * gain.abs().sqrt().unsqueeze(1)).mT
+            )
+        return self._tiles.join(x).to(self.dtype)
+
+    def _column_squares(self, mixing: Tensor | None) -> Tensor:
+        """The squared lengths of the columns of ``mixing @ R``, ``(tiles, width)``."""
+        mixing = None if mixing is None else self._tiles.spread(mixing)
+        parts = [
+            (slab if mixing is None else mixing[part] @ slab).square().sum(1)
+            for part, slab in slabs(self._rows, wide(self._rows))
+        ]
+        return torch.cat(parts)
+
+    def logdet(self) -> Tensor:  # noqa: D102
+        factors = 2 * self._factor.diagonal(dim1=1, dim2=2).abs().log().sum()
+        counted = self._factor.shape[0] * self._factor.shape[1]
+        return (factors + (self.dim - counted) * math.log(self.damping)).to(self.dtype)
+
+
+class Groups:
+    """Coordinates in L groups: sums over each group, and one number for each group handed to its members.
+
+    Groups of one size are summed as one two-dimensional view: one launch for each distinct size, not for each group.
+
+    Args:
+        labels: the group of every coordinate, ``(dim,)`` integers from 0 to L − 1, each group with a member. If they
+            ascend, and larger groups follow smaller ones, nothing has to be permuted.
+
+    Raises:
+        ValueError: if ``labels`` is not a vector of such integers.
+
+    Example:
+        >>> Groups(torch.tensor([0, 1, 1])).sum(torch.tensor([5.0, 1.0, 2.0]))
+        tensor([5., 3.])
+    """
+
+    def __init__(self, labels: Tensor):
+        if labels.ndim != 1 or labels.numel() == 0 or labels.is_floating_point() or int(labels.min()) < 0:
+            raise ValueError(
+                f"groups must be a vector with the group 0…L−1 of every coordinate, got {_shown(labels)}: "
+                "torch.arange(rows).repeat_interleave(columns) groups a matrix by its rows"
+            )
+        self.sizes = torch.bincount(labels)
+        self.dim, self.count = len(labels), len(self.sizes)
+        if int(self.sizes.min()) == 0:
+            empty = int((self.sizes == 0).nonzero()[0])
+            raise ValueError(f"group {empty} of {self.count} has no member: number the groups without gaps")
+        by_size = torch.argsort(self.sizes, stable=True)
+        place = torch.argsort(by_size)  # of each group among the groups in order of size
+        order = torch.argsort(place[labels], stable=True)
+        self._by_size = None if bool((by_size.diff() > 0).all()) else by_size
+        self._place = None if self._by_size is None else place
+        self._order = None if bool((order.diff() > 0).all()) else order
+        sizes, counts = torch.unique_consecutive(self.sizes[by_size], return_counts=True)
+        self._runs = list(zip(counts.tolist(), sizes.tolist(), strict=True))
+
+    def sum(self, v: Tensor) -> Tensor:
+        """Sums over each group, ``(..., dim)`` to ``(..., L)``."""
+        v = v if self._order is None else v[..., self._order]
+        sums = torch.cat([view.sum(-1) for view in self._views(v)], -1)
+        return sums if self._place is None else sums[..., self._place]
+
+    def affine(self, v: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+        """``scale·v + shift`` with one scale and one shift for each group, ``(..., L)`` each."""
+        if self._by_size is not None:
+            scale, shift = scale[..., self._by_size], shift[..., self._by_size]
+        ordered = v if self._order is None else v[..., self._order]
+        x = torch.empty_like(ordered)
+        counts = [n for n, _ in self._runs]
+        for out, view, a, b in zip(
+            self._views(x), self._views(ordered), scale.split(counts, -1), shift.split(counts, -1), strict=True
+        ):
+            torch.addcmul(b.unsqueeze(-1), view, a.unsqueeze(-1), out=out)
+        if self._order is None:
+            return x
+        return torch.empty_like(v).index_copy_(-1, self._order, x)
+
+    def _views(self, v: Tensor) -> list[Tensor]:
+        """The ordered coordinates as one ``(..., groups, size)`` view for each distinct size."""
+        parts = v.split([n * size for n, size in self._runs], -1)
+        return [part.unflatten(-1, run) for part, run in zip(parts, self._runs, strict=True)]
+
+
+class BlockMean(PSDMatrix):
+    r"""A full matrix through its block means (arXiv 1804.05484), damped.
+
+    Coordinates in L groups of sizes s, with indicator :math:`P` and :math:`Q = P\,\mathrm{diag}(s)^{-1/2}`. Each
+    off-diagonal block of a matrix M becomes its mean, each diagonal block keeps two numbers, its mean diagonal and its
+    mean off-diagonal. With :math:`C = Q^\top M Q`, the traces D of the diagonal blocks and
+    :math:`\lambda_i = (D_i - C_{ii})/(s_i - 1)`, any function of :math:`\hat M + \delta I` is
+
+    .. math::
+        f(\hat M + \delta I)\,v = P f(\lambda+\delta) \circ (v - \bar v) + Q f(C + \delta I)\, Q^\top v
+
+    with the group means :math:`\bar v` of v.
+
+    Cost: O(L³) once, then O(dim + L²) a vector.
+
+    Args:
+        groups: the group of every coordinate, ``(dim,)`` integers, or :class:`Groups`.
+        coupling: C, ``(L, L)``, positive semidefinite.
+        traces: D, ``(L,)``.
+        damping: δ, not negative.
+
+    Raises:
+        ValueError: if the shapes disagree, ``damping`` is negative, or a singular matrix is inverted.
+
+    Example:
+        Both coordinates in one group, M = [[2, 1], [1, 2]]: C is the sum of M over its size, D its trace.
+
+        >>> matrix = BlockMean(torch.tensor([0, 0]), torch.tensor([[3.0]]), torch.tensor([4.0]))
+        >>> matrix.to_dense()
+        tensor([[2., 1.],
+                [1., 2.]])
+    """
+
+    def __init__(self, groups: Tensor | Groups, coupling: Tensor, traces: Tensor, damping: float = 0.0):
+        self.groups = groups if isinstance(groups, Groups) else Groups(groups)
+        count = self.groups.count
+        if coupling.shape != (count, count) or traces.shape != (count,):
+            raise ValueError(
+                f"coupling and traces have shapes {tuple(coupling.shape)} and {tuple(traces.shape)}, but the groups "
+                f"number {count}: pass ({count}, {count}) and ({count},)"
+            )
+        if not 0 <= damping < float("inf"):
+            raise ValueError(f"damping must be finite and not negative, got {damping}: 1e-8 to 1e-2 are usual")
+        self.dim, self.dtype, self.device = self.groups.dim, coupling.dtype, coupling.device
+        self.damping = float(damping)
+        double = wide(coupling)
+        self._sizes = self.groups.sizes.to(double)
+        self._coupling = coupling.to(double)
+        # Rounding may leave a hair below zero; a group of one has no spread, and its λ is multiplied by nothing.
+        spread = (traces.to(double) - self._coupling.diagonal()).clamp_min(0) / (self._sizes - 1).clamp_min(1)
+        self._within = torch.where(self._sizes > 1, spread, self._coupling.diagonal()) + self.damping
+
+    @cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self._coupling)
+        return values.clamp_min(0) + self.damping, vectors
+
+    def _parts(self, power: float) -> tuple[Tensor, Tensor]:
+        """``f(λ+δ)`` and ``f(C+δI)`` for the power f."""
+        if power < 0 and not float(self._within.min()) > 0:
+            raise ValueError(f"power {power} of a singular matrix: give it a positive damping, it has {self.damping}")
+        if power == 1:
+            across = self._coupling + self.damping * torch.eye(self.groups.count, device=self.device)
+        elif power == -1:
+            across = torch.cholesky_inverse(cholesky(self._coupling, self.damping))
+        else:
+            values, vectors = self._spectrum
+            across = vectors * values.pow(power) @ vectors.mT
+        return self._within.pow(power), across
+
+    def _apply(self, v: Tensor, power: float) -> Tensor:
+        within, across = self._parts(power)
+        x, root = v.to(wide(v)), self._sizes.sqrt()
+        u = self.groups.sum(x) / root
+        shift = (u @ across - within * u) / root
+        return self.groups.affine(x, within, shift).to(torch.promote_types(v.dtype, self.dtype))
+
+    def diagonal(self, power: float = 1.0) -> Tensor:  # noqa: D102
+        within, across = self._parts(power)
+        value = within * (1 - 1 / self._sizes) + across.diagonal() / self._sizes
+        return self.groups.affine(value.new_zeros(self.dim), within, value).to(self.dtype)
+
+    def logdet(self) -> Tensor:  # noqa: D102
+        return (((self._sizes - 1) * self._within.log()).sum() + self._spectrum[0].log().sum()).to(self.dtype)
+
+
+def cholesky(small: Tensor, damping: float | Tensor) -> Tensor:
+    """The factor L of ``small + damping·I = L Lᵀ``, with eigenvalues that rounding pushed below zero raised to zero."""
+    damped = small + damping * torch.eye(small.shape[-1], dtype=small.dtype, device=small.device)
+    factor, failed = torch.linalg.cholesky_ex(damped)
+    if bool(failed.any()):
+        values, vectors = torch.linalg.eigh(small)
+        root = vectors * (values.clamp_min(0) + damping).sqrt().unsqueeze(-2)
+        factor = torch.linalg.qr(root.mT).R.mT
+    return factor
+
+
+def _shown(tensor: Tensor) -> str:
+    """A tensor in an error message: its shape and, where there is one, its first offending value."""
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        bad = tensor[~torch.isfinite(tensor)].flatten()[0].item()
+        return f"shape {tuple(tensor.shape)} holding {bad}"
+    return f"shape {tuple(tensor.shape)} of {tensor.dtype}"
