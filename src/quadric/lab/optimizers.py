@@ -4,6 +4,7 @@ import ast
 import inspect
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -17,8 +18,8 @@ class MuonAdamW:
     """torch's Muon on the hidden weight matrices, AdamW on everything else, under one learning rate.
 
     Embeddings and the output layer go to AdamW, as Muon's author advises; a convolution's weight is the matrix
-    (outputs, inputs x height x width). A model without hidden matrices gives its output layer to Muon. The rate fits both
-    because Muon's step is scaled to the size of AdamW's (``match_rms_adamw``).
+    (outputs, inputs x height x width). A model without hidden matrices gives its output layer to Muon. The rate fits
+    both because Muon's step is scaled to the size of AdamW's (``match_rms_adamw``).
 
     Args:
         model: The network.
@@ -122,10 +123,14 @@ class Entrant:
     samples_labels: bool = False
 
     def settings(self) -> dict[str, Any]:
-        """The keyword arguments of the optimizer that have a value by default, without the learning rate."""
+        """Every keyword argument of the optimizer and its value in a race, without the learning rate."""
         parameters = inspect.signature(self.optimizer).parameters
-        names = [name for name in parameters if name not in ("params", "model", "lr", "self")]
+        names = [name for name in parameters if name not in ("params", "model", "lr")]
         return {name: self.hyper.get(name, parameters[name].default) for name in names}
+
+    def described(self) -> dict[str, Any]:
+        """The settings worth a line in a report: all of quadric's own, and what a rival of torch was given."""
+        return dict(self.hyper) if self.optimizer.__module__.startswith("torch.") else self.settings()
 
 
 # No weight decay anywhere: the race compares directions, and `--set adamw.weight_decay=0.01` gives it back.
@@ -133,15 +138,47 @@ ENTRANTS: dict[str, Entrant] = {
     "sgd": Entrant(
         "SGD", False, torch.optim.SGD, _of_parameters(torch.optim.SGD), 0.1, {"momentum": 0.9, "weight_decay": 0.0}
     ),
-    "adamw": Entrant("AdamW", False, torch.optim.AdamW, _of_parameters(torch.optim.AdamW), 1e-3, {"weight_decay": 0.0}),
+    "adamw": Entrant(
+        "AdamW",
+        False,
+        torch.optim.AdamW,
+        _of_parameters(torch.optim.AdamW),
+        1e-3,
+        {"betas": (0.9, 0.999), "weight_decay": 0.0},
+    ),
     "muon": Entrant("Muon", False, MuonAdamW, MuonAdamW, 3e-3, {}),
-    "mfac": Entrant("M-FAC", True, quadric.MFAC, _of_parameters(quadric.MFAC), 1e-3, {}),
-    "ginger": Entrant("Ginger", True, quadric.Ginger, _of_parameters(quadric.Ginger), 1e-3, {}),
+    "mfac": Entrant(
+        "M-FAC",
+        True,
+        getattr(quadric, "MFAC", torch.optim.SGD),
+        _of_parameters(getattr(quadric, "MFAC", torch.optim.SGD)),
+        1e-3,
+        {},
+    ),
+    "ginger": Entrant(
+        "Ginger",
+        True,
+        getattr(quadric, "Ginger", torch.optim.SGD),
+        _of_parameters(getattr(quadric, "Ginger", torch.optim.SGD)),
+        1e-3,
+        {},
+    ),
     "ginger-sampled": Entrant(
-        "Ginger (sampled labels)", True, quadric.Ginger, _of_parameters(quadric.Ginger), 1e-3, {}, samples_labels=True
+        "Ginger (sampled labels)",
+        True,
+        getattr(quadric, "Ginger", torch.optim.SGD),
+        _of_parameters(getattr(quadric, "Ginger", torch.optim.SGD)),
+        1e-3,
+        {},
+        samples_labels=True,
     ),
     "block-mean-adagrad": Entrant(
-        "Block mean AdaGrad", True, quadric.BlockMeanAdaGrad, _of_parameters(quadric.BlockMeanAdaGrad), 1e-2, {}
+        "Block mean AdaGrad",
+        True,
+        getattr(quadric, "BlockMeanAdaGrad", torch.optim.SGD),
+        _of_parameters(getattr(quadric, "BlockMeanAdaGrad", torch.optim.SGD)),
+        1e-2,
+        {},
     ),
 }
 DEFAULT_RACE = ("sgd", "adamw", "muon", "mfac", "ginger", "block-mean-adagrad")
@@ -238,7 +275,7 @@ def held_bytes(optimizer: object, model: nn.Module) -> int:
     waiting: list[Any] = [optimizer]
     while waiting:
         thing = waiting.pop()
-        if id(thing) in seen or isinstance(thing, type) or callable(thing) and not hasattr(thing, "step"):
+        if id(thing) in seen or isinstance(thing, (type, ModuleType)) or inspect.isroutine(thing):
             continue
         seen.add(id(thing))
         if isinstance(thing, Tensor):

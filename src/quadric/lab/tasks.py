@@ -123,8 +123,12 @@ def _correct(outputs: Tensor, targets: Tensor) -> Tensor:
     return (outputs.argmax(-1) == targets).float()
 
 
+def _next_token_loss(outputs: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+
 def _bits(outputs: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(outputs, targets, reduction="none") / math.log(2)
+    return F.cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none") / math.log(2)
 
 
 ACCURACY = Metric("accuracy", "%", True, _correct, lambda mean: 100 * mean)
@@ -161,7 +165,9 @@ def image_task(
     x_train, y_train, x_test, y_test = arrays
     for x, y in ((x_train, y_train), (x_test, y_test)):
         if x.ndim not in (3, 4) or y.ndim != 1 or len(x) != len(y) or len(x) == 0 or x.shape[1:] != x_train.shape[1:]:
-            raise LabError(f"the images {x.shape} and labels {y.shape} of {name} do not belong together: fetch it again")
+            raise LabError(
+                f"the images {x.shape} and labels {y.shape} of {name} do not belong together: fetch it again"
+            )
     order = np.random.default_rng(SPLIT_SEED).permutation(len(x_train))
 
     def tensors(x: np.ndarray, y: np.ndarray) -> tuple[Tensor, Tensor]:
@@ -221,7 +227,7 @@ def text_task(name: str, title: str, text: bytes, target: float | None = None) -
         prepare=lambda tokens: tokens,
         shape=(TEXT_LENGTH,),
         outputs=len(alphabet),
-        loss=F.cross_entropy,
+        loss=_next_token_loss,
         metric=BITS,
         labels="categorical",
         model="gpt",
@@ -363,8 +369,19 @@ def load_shakespeare(data_dir: Path | None) -> Task:
         LabError: When the folder is not given or lacks the file.
     """
     if data_dir is None:
-        raise LabError("shakespeare needs --data-dir with a folder that holds tinyshakespeare.txt, or take any --text FILE")
+        raise LabError(
+            "shakespeare needs --data-dir with a folder that holds tinyshakespeare.txt, or take any --text FILE"
+        )
     return text_task("shakespeare", "tiny Shakespeare", read_text(data_dir / "tinyshakespeare.txt"), target=3.0)
+
+
+def text_task_from(path: Path) -> Task:
+    """Any text file as a task.
+
+    Args:
+        path: The file.
+    """
+    return text_task(path.stem, f"the text {path.name}", read_text(path))
 
 
 def load_regression(name: str, data_dir: Path | None) -> Task:
@@ -415,7 +432,7 @@ def load_task(name: str, data_dir: Path | None = None) -> Task:
     if name.partition(":")[0] == "regression":
         return load_regression(name, data_dir)
     if Path(name).is_file():
-        return text_task(Path(name).stem, f"the text {Path(name).name}", read_text(Path(name)))
+        return text_task_from(Path(name))
     raise LabError(f"there is no task {name!r}; choose one of {', '.join(TASKS)}, or the path of a text file")
 
 
@@ -439,7 +456,9 @@ def array_names(path: Path) -> list[str]:
         with np.load(path, allow_pickle=False) as file:
             return list(file.files)
     except FileNotFoundError as error:
-        raise LabError(f"there is no {path.name} in {path.parent}; put it there or choose another --data-dir") from error
+        raise LabError(
+            f"there is no {path.name} in {path.parent}; put it there or choose another --data-dir"
+        ) from error
     except (*DAMAGED, AttributeError) as error:  # AttributeError: a bare .npy array, which is no archive
         raise LabError(f"{path} is damaged or not an .npz file; fetch it again") from error
 

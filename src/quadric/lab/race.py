@@ -1,0 +1,386 @@
+"""Several optimizers on one task: the same seeds, the same tuning, one file for each finished run.
+
+A race killed at any moment continues where it was: finished runs are read back, the one under way continues from its
+checkpoint. The learning rate of every optimizer is chosen on the same grid, with a seed that does not race, on examples
+held out of the training set.
+"""
+
+import math
+import platform
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import safetensors.torch
+import torch
+
+from quadric.lab import report
+from quadric.lab.checkpoint import read_json, write_atomically, write_json
+from quadric.lab.display import Display
+from quadric.lab.models import build_model
+from quadric.lab.optimizers import build_optimizer, find_entrant
+from quadric.lab.tasks import Task
+from quadric.lab.train import Plan, Progress, Saving, Watch, describe_run, train
+
+
+@dataclass(frozen=True)
+class Race:
+    """Everything that decides a race.
+
+    Args:
+        task: Name of the task.
+        model: One of ``MODELS``.
+        optimizers: Names of the entrants.
+        settings: Hyper-parameters by entrant; may hold ``lr`` where nothing is tuned.
+        seeds: Of the runs.
+        epochs: Of each run.
+        batch_size: Of each run.
+        schedule: "cosine" or "constant".
+        warmup: Steps over which the rate rises.
+        augment: Shift and mirror the training images.
+        examples: Training examples to use; None uses all.
+        rates: Learning rates to try for each optimizer; empty takes each one's default.
+        tune_epochs: Epochs of a trial.
+        target: Test metric whose time is taken, or None.
+        device: "cpu" or "cuda".
+    """
+
+    task: str
+    model: str
+    optimizers: tuple[str, ...]
+    settings: dict[str, dict[str, Any]]
+    seeds: tuple[int, ...]
+    epochs: int
+    batch_size: int
+    schedule: Literal["cosine", "constant"]
+    warmup: int
+    augment: bool
+    examples: int | None
+    rates: tuple[float, ...]
+    tune_epochs: int
+    target: float | None
+    device: str
+
+    @property
+    def tuning_seed(self) -> int:
+        """The seed of the trials; it never races."""
+        return max(self.seeds) + 1000
+
+    def plan(self, optimizer: str, lr: float, seed: int, epochs: int) -> Plan:
+        """The plan of one run.
+
+        Args:
+            optimizer: Its entrant.
+            lr: Its learning rate.
+            seed: Its seed.
+            epochs: Its length.
+        """
+        settings = {key: value for key, value in self.settings.get(optimizer, {}).items() if key != "lr"}
+        return Plan(
+            optimizer=optimizer,
+            lr=lr,
+            settings=settings,
+            model=self.model,
+            epochs=epochs,
+            batch_size=self.batch_size,
+            schedule=self.schedule,
+            warmup=self.warmup,
+            seed=seed,
+            augment=self.augment,
+        )
+
+
+def log_grid(low: float, high: float, count: int) -> tuple[float, ...]:
+    """Learning rates at equal ratios, rounded to two digits.
+
+    Args:
+        low: The smallest.
+        high: The largest.
+        count: How many.
+
+    Example:
+        >>> log_grid(1e-4, 1.0, 5)
+        (0.0001, 0.001, 0.01, 0.1, 1.0)
+    """
+    if count == 1:
+        return (float(f"{math.sqrt(low * high):.2g}"),)
+    return tuple(float(f"{low * (high / low) ** (i / (count - 1)):.2g}") for i in range(count))
+
+
+def run_race(race: Race, task: Task, folder: Path, display: Display, *, command: str, saving_seconds: float) -> Path:
+    """Tune, race, write results.json and the report; whatever is finished in the folder already is not repeated.
+
+    Args:
+        race: What to do.
+        task: Its task, with the examples that the race uses.
+        folder: Where its files are.
+        display: Where progress is shown.
+        command: The command line, for the report.
+        saving_seconds: Seconds between checkpoints of a run.
+
+    Returns:
+        The path of the report.
+    """
+    started = time.strftime("%Y-%m-%d %H:%M")
+    with display.live():
+        trials = {
+            name: [_trial(race, task, name, lr, folder, display) for lr in race.rates] for name in race.optimizers
+        }
+        rates = {name: _chosen_rate(race, task, name, trials[name], display) for name in race.optimizers}
+        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in race.optimizers}
+        for seed in race.seeds:  # seeds outside: a machine that slows down meanwhile slows every optimizer
+            for name in race.optimizers:
+                runs[name].append(_run(race, task, name, rates[name], seed, folder, display, saving_seconds))
+
+    results = describe_race(race, task, rates, runs, trials, command=command, started=started)
+    write_json(folder / "results.json", results)
+    results = read_json(folder / "results.json")  # what a reader of the file sees: no NaN, lists for tuples
+    display.console.print(report.results_table(results))
+    return report.write_report(results, folder)
+
+
+def run_single(
+    race: Race, task: Task, folder: Path, display: Display, *, command: str, saving_seconds: float, saving_steps: int
+) -> None:
+    """A race of one: train, then keep the parameters, the checkpoint and a results.json.
+
+    Args:
+        race: One optimizer and one seed, nothing to tune.
+        task: Its task.
+        folder: Where its files are.
+        display: Where progress is shown.
+        command: The command line.
+        saving_seconds: Seconds between checkpoints.
+        saving_steps: Steps between checkpoints; 0 leaves it to the time.
+    """
+    started = time.strftime("%Y-%m-%d %H:%M")
+    (name,), (seed,) = race.optimizers, race.seeds
+    lr = _chosen_rate(race, task, name, [], display)
+    plan = race.plan(name, lr, seed, race.epochs)
+    every = max(1, race.epochs // 20)  # a hundred epochs are twenty lines
+    watch_bars = _watcher(task, display)
+    told = 0
+
+    def watch(progress: Progress, loss: float) -> bool:
+        nonlocal told
+        if len(progress.history) > told:
+            told = len(progress.history)
+            last = progress.history[-1]
+            if told % every == 0 or told == race.epochs:
+                metric = format_metric(task, last["test_metric"])
+                losses = f"train loss {last['train_loss']:.4f}, test loss {last['test_loss']:.4f}"
+                display.say(f"epoch {told}/{race.epochs}: {losses}, {metric}, {last['seconds']:.1f} s")
+        return watch_bars(progress, loss)
+
+    saving = Saving(folder / "checkpoint.pt", saving_seconds, saving_steps)
+    scalars = folder / "tensorboard"
+    with display.live():
+        display.begin(f"{name} on {task.name}", _steps(task, race.batch_size, race.epochs))
+        outcome = train(plan, task, torch.device(race.device), saving=saving, tensorboard=scalars, watch=watch)
+    progress, model, optimizer = outcome
+    tensors = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
+    write_atomically(folder / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
+    runs = {name: [describe_run(plan, progress, model, optimizer)]}
+    write_json(
+        folder / "results.json", describe_race(race, task, {name: lr}, runs, {}, command=command, started=started)
+    )
+    display.say(f"{name}, seed {seed}: {summary(task, progress)}")
+
+
+def describe_race(
+    race: Race,
+    task: Task,
+    rates: Mapping[str, float],
+    runs: Mapping[str, list[dict[str, Any]]],
+    trials: Mapping[str, list[dict[str, Any]]],
+    *,
+    command: str,
+    started: str,
+) -> dict[str, Any]:
+    """What results.json holds: the race, and every run with its history.
+
+    Args:
+        race: The race.
+        task: Its task.
+        rates: The learning rate of each optimizer.
+        runs: Finished runs of each optimizer, as :func:`quadric.lab.train.describe_run` has them.
+        trials: Tuning runs of each optimizer.
+        command: The command line.
+        started: Local date and time.
+    """
+    model = build_model(race.model, task.name, task.kind, task.shape, task.outputs)
+    parameters = sum(p.numel() for p in model.parameters())
+    examples = len(task.train[0])
+    return {
+        "quadric": version("quadric"),
+        "command": command,
+        "task": task.name,
+        "model": race.model,
+        "description": f"{task.title}: {race.model} with {parameters:,} parameters, {examples:,} training examples, "
+        f"{len(task.test[0]):,} test examples",
+        "parameters": parameters,
+        "epochs": race.epochs,
+        "steps": race.epochs * (examples // min(race.batch_size, examples)),
+        "batch_size": race.batch_size,
+        "schedule": race.schedule,
+        "seeds": race.seeds,
+        "metric": {
+            "name": task.metric.name,
+            "unit": task.metric.unit,
+            "higher_is_better": task.metric.higher_is_better,
+        },
+        "target": race.target,
+        "environment": {
+            "torch": torch.__version__,
+            "python": platform.python_version(),
+            "device": torch.cuda.get_device_name() if race.device == "cuda" else "cpu",
+            "threads": torch.get_num_threads(),
+            "started": started,
+        },
+        "tuning": None
+        if not race.rates
+        else {
+            "grid": race.rates,
+            "epochs": race.tune_epochs,
+            "trials": {find_entrant(name).name: trials[name] for name in race.optimizers},
+        },
+        "entrants": [
+            {
+                "name": find_entrant(name).name,
+                "ours": find_entrant(name).ours,
+                "hyperparameters": {
+                    "lr": rates[name],
+                    **find_entrant(name).described(),
+                    **race.plan(name, rates[name], 0, race.epochs).settings,
+                },
+                "runs": runs[name],
+            }
+            for name in race.optimizers
+        ],
+    }
+
+
+def check_race(race: Race, task: Task) -> None:
+    """Build everything once, so that an impossible value is answered before an hour of training.
+
+    Args:
+        race: The race.
+        task: Its task.
+    """
+    model = build_model(race.model, task.name, task.kind, task.shape, task.outputs)
+    for name in race.optimizers:
+        build_optimizer(name, model, 1e-3, race.plan(name, 1e-3, 0, 1).settings)
+
+
+def count_steps(race: Race, task: Task) -> int:
+    """Steps of all trials and runs.
+
+    Args:
+        race: The race.
+        task: Its task.
+    """
+    trial = _steps(task.for_tuning(), race.batch_size, race.tune_epochs) if race.rates else 0
+    run = _steps(task, race.batch_size, race.epochs)
+    return len(race.optimizers) * (len(race.rates) * trial + len(race.seeds) * run)
+
+
+def _steps(task: Task, batch_size: int, epochs: int) -> int:
+    examples = len(task.train[0])
+    return epochs * (examples // min(batch_size, examples))
+
+
+def _trial(race: Race, task: Task, name: str, lr: float, folder: Path, display: Display) -> dict[str, Any]:
+    path = folder / "tuning" / f"{name}-lr{lr:g}.json"
+    task = task.for_tuning()
+    steps = _steps(task, race.batch_size, race.tune_epochs)
+    if not path.exists():
+        plan = race.plan(name, lr, race.tuning_seed, race.tune_epochs)
+        display.begin(f"tuning {name}, lr {lr:g}", steps)
+        progress, _, _ = train(plan, task, torch.device(race.device), watch=_watcher(task, display))
+        failed = progress.diverged or progress.error is not None or not progress.history
+        last = {} if failed else progress.history[-1]
+        trial = {"lr": lr, "loss": last.get("test_loss"), "metric": last.get("test_metric"), "diverged": failed}
+        write_json(path, trial)
+    display.end(steps)
+    return read_json(path)
+
+
+def _chosen_rate(race: Race, task: Task, name: str, trials: list[dict[str, Any]], display: Display) -> float:
+    if not trials:
+        return race.settings.get(name, {}).get("lr", find_entrant(name).lr)
+    finished = [trial for trial in trials if trial["metric"] is not None and trial["loss"] is not None]
+    if not finished:
+        display.say(f"tuning {name}: no rate of the grid trains; it races with the smallest, {race.rates[0]:g}")
+        return race.rates[0]
+    sign = -1 if task.metric.higher_is_better else 1
+    best = min(finished, key=lambda trial: (sign * trial["metric"], trial["loss"]))
+    edge = (
+        " (an end of the grid: a wider one may serve it better)"
+        if best["lr"] in (trials[0]["lr"], trials[-1]["lr"])
+        else ""
+    )
+    metric = format_metric(task, best["metric"])
+    display.say(f"tuning {name}: lr {best['lr']:g} of {len(trials)} tried, validation {metric}{edge}")
+    return best["lr"]
+
+
+def _run(
+    race: Race, task: Task, name: str, lr: float, seed: int, folder: Path, display: Display, saving_seconds: float
+) -> dict[str, Any]:
+    label = f"{name}-seed{seed}"
+    path = folder / "runs" / f"{label}.json"
+    steps = _steps(task, race.batch_size, race.epochs)
+    if not path.exists():
+        saving = Saving(folder / "runs" / f"{label}.checkpoint.pt", saving_seconds)
+        display.begin(f"{name}, seed {seed}", steps)
+        progress, model, optimizer = train(
+            race.plan(name, lr, seed, race.epochs),
+            task,
+            torch.device(race.device),
+            saving=saving,
+            tensorboard=folder / "tensorboard" / label,
+            watch=_watcher(task, display),
+        )
+        write_json(path, describe_run(race.plan(name, lr, seed, race.epochs), progress, model, optimizer))
+        saving.path.unlink(missing_ok=True)
+        display.say(f"{name}, seed {seed}: {summary(task, progress)}")
+    display.end(steps)
+    return read_json(path)
+
+
+def _watcher(task: Task, display: Display) -> Watch:
+    def watch(progress: Progress, loss: float) -> bool:
+        metric = format_metric(task, progress.history[-1]["test_metric"]) if progress.history else ""
+        return display.step(progress.step, f"loss {loss:.3f}  {metric}")
+
+    return watch
+
+
+def format_metric(task: Task, value: float) -> str:
+    """A metric as a person reads it.
+
+    Args:
+        task: Whose metric.
+        value: The value.
+    """
+    digits = f"{value:.2f}" if task.metric.unit == "%" else f"{value:.4g}"
+    return f"{task.metric.name} {digits} {task.metric.unit}".rstrip()
+
+
+def summary(task: Task, progress: Progress) -> str:
+    """How a run ended, in one line.
+
+    Args:
+        task: Its task.
+        progress: How it went.
+    """
+    if progress.error is not None:
+        return f"stopped at step {progress.step}: {progress.error}"
+    if progress.diverged:
+        return f"diverged at step {progress.step}"
+    last = progress.history[-1]
+    metric = format_metric(task, last["test_metric"])
+    return f"{metric}, test loss {last['test_loss']:.4g}, {progress.seconds:.1f} s of training"
