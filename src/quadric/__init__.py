@@ -1,1 +1,8 @@
 """Second-order information for everyday PyTorch."""
+
+from quadric.curvature import Curvature
+from quadric.matrix import BlockMean, Diagonal, LowRank, PSDMatrix
+from quadric.methods.mfac import MFAC, GradientWindow
+from quadric.optimizer import CurvatureOptimizer
+
+__all__ = ["MFAC", "BlockMean", "Curvature", "CurvatureOptimizer", "Diagonal", "GradientWindow", "LowRank", "PSDMatrix"]

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from quadric.matrix import PSDMatrix
+from quadric.tiles import Tiles
 
 __all__ = ["Curvature", "Schedule"]
 
@@ -24,18 +25,20 @@ class Curvature(nn.Module, ABC):
     know neither. A subclass says how an observation is absorbed and which matrix is believed in.
 
     Args:
-        dim: number of coordinates.
+        tiles: the cut of the coordinates into blocks, each with a matrix of its own, and of their storage.
         damping: λ, positive, or a schedule of it over the number of updates.
 
     Raises:
-        ValueError: if ``dim`` or ``damping`` is not positive.
+        ValueError: if there is no coordinate or ``damping`` is not positive.
     """
 
-    def __init__(self, dim: int, damping: Schedule):
+    column_names: tuple[str, ...] = ()  # the keys of columns()
+
+    def __init__(self, tiles: Tiles, damping: Schedule):
         super().__init__()
-        if dim < 1:
-            raise ValueError(f"dim must be at least 1, got {dim}: it is the number of coordinates of a gradient")
-        self.dim = dim
+        if tiles.dim < 1:
+            raise ValueError(f"dim must be at least 1, got {tiles.dim}: it is the number of coordinates of a gradient")
+        self.tiles, self.dim = tiles, tiles.dim
         self.damping = damping
         self.updates = 0  # observations absorbed so far
         self.damping_now()
@@ -63,33 +66,35 @@ class Curvature(nn.Module, ABC):
         """
         if observation.shape != (self.dim,):
             raise ValueError(
-                f"the observation has shape {tuple(observation.shape)}, but this estimate covers {self.dim} coordinates: "
+                f"the observation has shape {tuple(observation.shape)}, but this estimate has {self.dim} coordinates: "
                 "flatten the gradients and concatenate them in one order"
             )
         if not observation.is_floating_point() or not bool(torch.isfinite(observation).all()):
             finite = observation.is_floating_point()
             found = observation[~torch.isfinite(observation)][0].item() if finite else observation.dtype
             raise ValueError(f"the observation holds {found}: skip this batch, or look for the overflow in its loss")
-        self.absorb(observation)
+        self.absorb(self.tiles.pad(observation))
 
     @abstractmethod
     def absorb(self, observation: Tensor) -> None:
-        """:meth:`update` for an observation already known to be finite and of the right shape."""
+        """:meth:`update` for an observation already padded, ``(tiles.length,)``, and known to be finite."""
 
     @abstractmethod
     def matrix(self) -> PSDMatrix:
         """What is believed now, factorised when first used; it does not follow later updates."""
 
-    def columns(self) -> dict[str, Tensor]:
-        """The state that belongs to single coordinates, copied, each tensor ``(..., dim)``."""
+    # The state by coordinates, for an optimizer that shows each parameter its part.
+
+    def columns(self, start: int, stop: int) -> dict[str, Tensor]:
+        """A copy of what is kept of the padded coordinates ``start`` to ``stop``, ``(..., stop − start)`` each."""
         return {}
 
     def shared(self) -> dict[str, Tensor]:
-        """The state that belongs to no coordinate: small tensors, copied."""
+        """A copy of what belongs to no single coordinate: small tensors."""
         return {"updates": torch.tensor(self.updates)}
 
-    def restore(self, columns: dict[str, Tensor], shared: dict[str, Tensor]) -> None:
-        """Take over what :meth:`columns` and :meth:`shared` gave."""
+    def restore(self, shared: dict[str, Tensor], columns: dict[tuple[int, int], dict[str, Tensor]]) -> None:
+        """Take over what :meth:`shared` and, for each span of coordinates, :meth:`columns` gave."""
         self.updates = int(shared["updates"])
 
     def get_extra_state(self) -> Tensor:  # noqa: D102
@@ -98,9 +103,9 @@ class Curvature(nn.Module, ABC):
     def set_extra_state(self, state: Tensor) -> None:  # noqa: D102
         self.updates = int(state)
 
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        # A buffer that no observation has made yet takes its shape and type from the file.
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore
+        # A buffer that no observation has made yet is empty, and takes its shape and type from what is loaded.
         for name, buffer in self._buffers.items():
-            if buffer is None and prefix + name in state_dict:
+            if buffer is not None and not buffer.numel() and prefix + name in state_dict:
                 self._buffers[name] = torch.empty_like(state_dict[prefix + name])
-        super()._load_from_state_dict(state_dict, prefix, *args)
+        super()._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore[reportCallIssue]

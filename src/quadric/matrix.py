@@ -165,7 +165,7 @@ class LowRank(PSDMatrix):
         if rows.ndim != 2 or not torch.isfinite(rows).all():
             raise ValueError(f"rows must be a finite (rank, dim) tensor, got {_shown(rows)}: stack vectors with vstack")
         tiles = Tiles.runs(rows.shape[1], block_size)
-        self._build(tiles.cut(rows).clone(memory_format=torch.contiguous_format), tiles, damping, weight=1.0)
+        self._build(tiles.cut(tiles.pad(rows)).clone(memory_format=torch.contiguous_format), tiles, damping, weight=1.0)
 
     @classmethod
     def of_tiles(cls, rows: Tensor, tiles: Tiles, damping: float, weight: float = 1.0) -> LowRank:
@@ -199,13 +199,13 @@ class LowRank(PSDMatrix):
     @property
     def rows(self) -> Tensor:
         """R, ``(rank, dim)``, with the weight inside: a copy."""
-        return self._tiles.join(self._rows.to(self.dtype) * self.weight**0.5)
+        return self._flat(self._rows.to(self.dtype) * self.weight**0.5)
 
     @property
     def _rows(self) -> Tensor:
         if self._stored._version != self._version:
             raise RuntimeError(
-                "the estimate behind this matrix has been updated since it was taken: call matrix() again after update()"
+                "the estimate behind this matrix has been updated since: call matrix() again after update()"
             )
         return self._stored
 
@@ -224,9 +224,12 @@ class LowRank(PSDMatrix):
         values, vectors = torch.linalg.eigh(self._small)
         return values.clamp_min(0), vectors
 
+    def _flat(self, x: Tensor) -> Tensor:
+        return self._tiles.unpad(self._tiles.join(x))
+
     def _apply(self, v: Tensor, power: float) -> Tensor:
         rows, tiles = self._rows, self._tiles
-        x = tiles.cut(v.reshape(-1, self.dim).to(wide(rows))).contiguous()  # (tiles, vectors, width)
+        x = tiles.cut(tiles.pad(v.reshape(-1, self.dim).to(wide(rows)))).contiguous()  # (tiles, vectors, width)
         if self._inner and power != 1:
             x = torch.cholesky_solve(x.mT, self._factor).mT if power == -1 else x @ self._dense_power(power)
         else:
@@ -242,7 +245,7 @@ class LowRank(PSDMatrix):
                 inner = (inner @ vectors * self._gain(values, power).unsqueeze(1)) @ vectors.mT
             x = base * x + combine(tiles.spread(inner).contiguous(), rows)
             x = x / self.damping if power == -1 else x
-        return tiles.join(x).reshape(v.shape).to(torch.promote_types(v.dtype, self.dtype))
+        return self._flat(x).reshape(v.shape).to(torch.promote_types(v.dtype, self.dtype))
 
     def _gain(self, values: Tensor, power: float) -> Tensor:
         """``weight·((λ+σ)^p − λ^p)/σ``, without cancellation for small σ and with its limit at σ = 0."""
@@ -271,7 +274,7 @@ class LowRank(PSDMatrix):
             x = self.damping**power + math.copysign(1, power) * self._column_squares(
                 (vectors * gain.abs().sqrt().unsqueeze(1)).mT
             )
-        return self._tiles.join(x).to(self.dtype)
+        return self._flat(x).to(self.dtype)
 
     def _column_squares(self, mixing: Tensor | None) -> Tensor:
         """The squared lengths of the columns of ``mixing @ R``, ``(tiles, width)``."""

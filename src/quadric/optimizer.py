@@ -3,71 +3,283 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from itertools import accumulate
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, _foreach_add_, _foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
 from torch.optim import Optimizer
 
 from quadric.curvature import Curvature
 
-__all__ = ["Block", "CurvatureOptimizer"]
+__all__ = ["Block", "CurvatureOptimizer", "require"]
+
+Group = dict[str, Any]
 
 
 @dataclass
 class Block:
     """Parameters of one group that share one estimate, and the flat buffer that their gradients are gathered in.
 
-    Parameters are known by their place in the group, not by reference: a framework may swap them between two steps.
+    Parameters are known by their place in the group, never by reference: a framework may swap them between two steps.
     """
 
-    number: int
-    members: list[int]  # places in group["params"], in the order of the columns
+    number: int  # among the blocks of its group
+    members: list[int]  # places in group["params"], in the order of their columns
     shapes: list[torch.Size]
+    spans: list[tuple[int, int]]  # the columns of each member
     curvature: Curvature
-    flat: Tensor  # (length,): gradients, then the direction
-    spans: list[tuple[int, int]]  # the columns of each member in `flat`
-    buffers: dict[str, Tensor] = field(default_factory=dict)  # further state of the length of `flat`
+    flat: Tensor  # (curvature.tiles.length,): the gradients of a step, then its direction
+    buffers: dict[str, Tensor] = field(default_factory=dict)  # what else a method keeps, each as long as `flat`
     step: int = 0
+    present: list[bool] = field(default_factory=list)  # which members have a gradient in this step
+
+    def live(self, tensor: Tensor) -> list[Tensor]:
+        """The parts of a flat tensor that have a gradient in this step, in as few pieces as can be."""
+        return [tensor] if all(self.present) else self.views(tensor)
 
     def views(self, tensor: Tensor) -> list[Tensor]:
-        """A tensor ``(..., length)`` as one view ``(..., *shape)`` for each member."""
-        return [
-            tensor[..., start:stop].view(*tensor.shape[:-1], *shape)
-            for (start, stop), shape in zip(self.spans, self.shapes, strict=True)
-        ]
+        """A flat tensor as one view for each member that has a gradient in this step."""
+        columns = zip(self.spans, self.shapes, self.present, strict=True)
+        return [tensor[start:stop].view(shape) for (start, stop), shape, present in columns if present]
+
+    def buffer(self, name: str) -> Tensor:
+        """The flat buffer of that name, zeros at first."""
+        if name not in self.buffers:
+            self.buffers[name] = torch.zeros_like(self.flat)
+        return self.buffers[name]
 
 
 class CurvatureOptimizer(Optimizer, ABC):
-    """An optimizer that moves along a power of a damped curvature matrix: subclasses fill three holes.
+    """Moves along a power of a damped curvature matrix.
 
-    :meth:`partition` says which parameters share a matrix, :meth:`curvature` makes the estimate, :meth:`direction`
-    learns from a gradient and returns the way to go. The rest is here: closures, groups, missing and non-finite
-    gradients, weight decay, and a state that is per parameter wherever anyone looks at it (``state_dict``, copies,
-    pickles) and flat while it runs.
+    A subclass says which parameters share a matrix (:meth:`partition`), makes the estimate (:meth:`curvature`), and
+    learns from a gradient and returns where to go (:meth:`direction`). The rest is here: closures, groups, missing and
+    non-finite gradients, decoupled weight decay, and a state that is per parameter wherever anyone looks at it
+    (``state_dict``, copies, pickles) and flat while it runs.
 
     Args:
         params: parameters or parameter groups.
-        defaults: default hyper-parameters of a group, ``lr`` and ``weight_decay`` among them.
+        defaults: default hyper-parameters of a group.
     """
 
-    def __init__(self, params: Any, defaults: dict[str, Any]):
-        self._blocks: dict[int, list[Block]] = {}  # by the place of the group
-        super().__init__(params, {**defaults, "maximize": defaults.get("maximize", False)})
+    def __init__(self, params: Any, defaults: Group):
+        self._forget()
+        super().__init__(params, defaults)
 
-    # The three holes.
+    def _forget(self) -> None:
+        """Drop everything that is rebuilt from the per-parameter state."""
+        self._blocks: dict[int, list[Block]] = defaultdict(list)  # by the place of the group
 
-    def partition(self, params: Sequence[Tensor]) -> list[list[int]]:
-        """Which parameters, by place, share a matrix: one list for each matrix; by default all share one."""
+    def check(self, group: Group) -> None:
+        """Refuse hyper-parameters out of range.
+
+        Args:
+            group: hyper-parameters of one group.
+        """
+        require(0 <= float(group["lr"]) < float("inf"), "lr", group["lr"], "0 ≤ lr < ∞", "1e-3 is a start")
+        decay = group["weight_decay"]
+        require(0 <= decay < float("inf"), "weight_decay", decay, "0 ≤ weight_decay < ∞", "0.0 turns it off")
+
+    def partition(self, params: list[Tensor]) -> list[list[int]]:
+        """Which parameters, by place, share a matrix; all of them by default."""
         return [list(range(len(params)))]
 
     @abstractmethod
-    def curvature(self, blocks: list[list[Tensor]], group: dict[str, Any]) -> Curvature:
-        """A new estimate for these parameters, one list for each matrix."""
+    def curvature(self, params: list[list[Tensor]], group: Group) -> Curvature:
+        """A new estimate for parameters already partitioned."""
 
     @abstractmethod
-    def direction(self, block: Block, gradient: Tensor, group: dict[str, Any]) -> Tensor:
-        """Learn from ``gradient``, ``(length,)``, and return the direction of descent in the same columns."""
+    def direction(self, block: Block, gradient: Tensor, group: Group) -> Tensor:
+        """Learn from a flat gradient and return the flat direction that the parameters move against."""
+
+    def add_param_group(self, param_group: Group) -> None:  # noqa: D102
+        self.check({**self.defaults, **param_group})
+        super().add_param_group(param_group)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:  # type: ignore[override]
+        """Perform one step.
+
+        Args:
+            closure: reevaluates the model and returns the loss; run with gradients enabled.
+
+        Raises:
+            RuntimeError: if a gradient is sparse, complex, of the wrong shape or not finite; nothing is changed then.
+        """
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        work = [
+            (group, block)
+            for place, group in enumerate(self.param_groups)
+            for block in self._active_blocks(place, group)
+        ]
+        for group, block in work:
+            grads = [group["params"][i].grad for i in block.members]
+            block.present = [grad is not None for grad in grads]
+            self._gather(block, grads, block.flat)
+        self._refuse_non_finite([(group, block, block.flat) for group, block in work])
+        for group, block in work:
+            if group["maximize"]:
+                block.flat.neg_()
+            block.step += 1
+            direction = self.direction(block, block.flat, group)
+            params = [group["params"][i] for i, present in zip(block.members, block.present, strict=True) if present]
+            lr = float(group["lr"])
+            if group["weight_decay"]:
+                _foreach_mul_(params, 1 - lr * group["weight_decay"])
+            _foreach_add_(params, block.views(direction), alpha=-lr)
+        return loss
+
+    # From parameters to blocks.
+
+    def _active_blocks(self, place: int, group: Group) -> list[Block]:
+        """The blocks of a group in which some member has a gradient; members seen for the first time make new ones."""
+        blocks = self._blocks[place]
+        if not blocks:
+            self._restore(place, group)
+        known = {i for block in blocks for i in block.members}
+        fresh: dict[tuple, list[int]] = defaultdict(list)
+        for i, p in enumerate(group["params"]):
+            if p.grad is not None and p.numel() and i not in known:
+                _refuse_odd(p)
+                fresh[p.device, torch.promote_types(p.dtype, torch.float32)].append(i)
+        for members in fresh.values():
+            blocks.append(self._new_block(len(blocks), members, group))
+        return [block for block in blocks if any(group["params"][i].grad is not None for i in block.members)]
+
+    def _new_block(self, number: int, places: list[int], group: Group) -> Block:
+        params = [group["params"][i] for i in places]
+        matrices = self.partition(params)
+        curvature = self.curvature([[params[k] for k in matrix] for matrix in matrices], group)
+        members, spans, start = [], [], 0
+        for matrix, pad in zip(matrices, curvature.tiles.pads, strict=True):
+            for k in matrix:
+                members.append(places[k])
+                spans.append((start, start + params[k].numel()))
+                start += params[k].numel()
+            start += pad
+        dtype = torch.promote_types(params[0].dtype, torch.float32)
+        flat = torch.zeros(curvature.tiles.length, dtype=dtype, device=params[0].device)
+        return Block(number, members, [group["params"][i].shape for i in members], spans, curvature, flat)
+
+    def _gather(self, block: Block, grads: list[Tensor | None], out: Tensor) -> None:
+        """Write gradients, zeros where there is none, into the columns of a flat tensor: one launch."""
+        zero = out.new_zeros(())
+        pieces, at = [], 0
+        for grad, shape, (start, stop) in zip(grads, block.shapes, block.spans, strict=True):
+            if grad is not None and grad.shape != shape:
+                raise RuntimeError(
+                    f"a gradient of shape {tuple(grad.shape)} for a parameter that had {tuple(shape)} before: "
+                    "make a new optimizer when parameters change their shape"
+                )
+            pieces.append(zero.expand(start - at))
+            pieces.append(zero.expand(stop - start) if grad is None else grad.reshape(-1))
+            at = stop
+        torch.cat([*pieces, zero.expand(len(out) - at)], out=out)
+
+    def _refuse_non_finite(self, flats: list[tuple[Group, Block, Tensor]]) -> None:
+        """Raise if any flat gradient is not finite, at the price of one dot product each and one synchronisation."""
+        if not flats:
+            return
+        squares = torch.stack([torch.dot(flat, flat).double().cpu() for _, _, flat in flats])
+        if bool(torch.isfinite(squares).all()):
+            return
+        for group, block, flat in flats:
+            for i, (start, stop) in zip(block.members, block.spans, strict=True):
+                part = flat[start:stop]
+                if not bool(torch.isfinite(torch.dot(part, part))):
+                    finite = part.isfinite()
+                    worst = part.abs().max() if bool(finite.all()) else part[~finite][0]
+                    raise RuntimeError(
+                        f"the gradient of parameter {i} (shape {tuple(group['params'][i].shape)}) holds {worst:g}; "
+                        "nothing was changed: skip this batch, clip the gradients, lower lr, or use a GradScaler"
+                    )
+
+    # State: flat while it runs, per parameter for everyone else.
+
+    def _per_parameter_state(self) -> defaultdict[Tensor, dict[str, Tensor]]:
+        state = defaultdict(dict, self.state)
+        for place, blocks in self._blocks.items():
+            params = self.param_groups[place]["params"]
+            for block in blocks:
+                for i, shape, (start, stop) in zip(block.members, block.shapes, block.spans, strict=True):
+                    columns = block.curvature.columns(start, stop)
+                    columns |= {name: buffer[start:stop].clone() for name, buffer in block.buffers.items()}
+                    state[params[i]] = {
+                        "step": torch.tensor(float(block.step)),
+                        "block": torch.tensor(block.number),
+                        **{name: value.reshape(*value.shape[:-1], *shape) for name, value in columns.items()},
+                    }
+                state[params[block.members[0]]] |= {f"shared_{k}": v for k, v in block.curvature.shared().items()}
+        return state
+
+    def _restore(self, place: int, group: Group) -> None:
+        """Rebuild the blocks of a group from the per-parameter state, which is given up."""
+        held: dict[int, list[int]] = defaultdict(list)
+        for i, p in enumerate(group["params"]):
+            if self.state.get(p):
+                held[int(self.state[p]["block"])].append(i)
+        for number, places in sorted(held.items()):
+            block = self._new_block(number, places, group)
+            states = [self.state.pop(group["params"][i]) for i in block.members]
+            block.step = int(states[0]["step"])
+            shared = {k.removeprefix("shared_"): s.pop(k) for s in states for k in list(s) if k.startswith("shared_")}
+            columns = {
+                span: {
+                    name: value.reshape(*value.shape[: value.ndim - len(shape)], -1)
+                    for name, value in state.items()
+                    if name not in ("step", "block")
+                }
+                for span, shape, state in zip(block.spans, block.shapes, states, strict=True)
+            }
+            for name in set(next(iter(columns.values()))) - set(block.curvature.column_names):
+                for (start, stop), values in columns.items():
+                    block.buffer(name)[start:stop] = values.pop(name)
+            block.curvature.restore(shared, columns)
+            self._blocks[place].append(block)
+
+    def state_dict(self) -> dict[str, Any]:  # noqa: D102
+        held, self.state = self.state, self._per_parameter_state()
+        try:
+            return super().state_dict()
+        finally:
+            self.state = held
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
+        super().load_state_dict(state_dict)
+        # torch has cast the state to the type of each parameter: take it once more as it was, so that the curvature of
+        # bfloat16 parameters stays in float32.
+        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
+            for key, p in zip(saved["params"], group["params"], strict=True):
+                if key in state_dict["state"]:
+                    self.state[p] = {k: v.to(p.device) for k, v in state_dict["state"][key].items()}
+        self._forget()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**super().__getstate__(), "state": self._per_parameter_state()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)
+        self._forget()
+
+
+def require(valid: bool, name: str, value: Any, condition: str, remedy: str) -> None:
+    """Refuse a hyper-parameter in one sentence.
+
+    Raises:
+        ValueError: if it is not valid.
+    """
+    if not valid:
+        raise ValueError(f"{name} must satisfy {condition}, got {value}: {remedy}")
+
+
+def _refuse_odd(p: Tensor) -> None:
+    if p.is_complex():
+        raise RuntimeError(f"complex parameters (shape {tuple(p.shape)}) are not supported: use torch.view_as_real")
+    if p.grad is not None and p.grad.layout != torch.strided:
+        raise RuntimeError(f"{p.grad.layout} gradients are not supported: make the layer with sparse=False")

@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 WIDTH = 4096  # columns: 128 float32 rows of a tile then fill two cores' second-level cache
 SLACK = 1.05  # padding may not lengthen a row by more than this
@@ -53,20 +52,49 @@ class Tiles:
         padded = {width: sum(-(-size // width) * width for size in self.sizes) for width in candidates}
         return next((w for w in candidates if padded[w] <= SLACK * self.dim), min(padded, key=padded.__getitem__))
 
-    def cut(self, v: Tensor) -> Tensor:
-        """Vectors ``(..., dim)`` as tiles ``(tiles, ..., width)``, zeros behind the end of each block."""
-        if any(self.pads):
-            pieces = v.split(self.sizes, -1)
-            v = torch.cat([F.pad(piece, (0, pad)) for piece, pad in zip(pieces, self.pads, strict=True)], -1)
-        return v.reshape(*v.shape[:-1], self.count, self.width).movedim(-2, 0)
+    @property
+    def length(self) -> int:
+        """Columns with the padding."""
+        return self.count * self.width
 
-    def join(self, tiles: Tensor) -> Tensor:
-        """The inverse of :meth:`cut`: ``(tiles, ..., width)`` as ``(..., dim)``."""
-        v = tiles.movedim(0, -2).reshape(*tiles.shape[1:-1], self.count * self.width)
+    def pad(self, v: Tensor) -> Tensor:
+        """Vectors ``(..., dim)`` with zeros behind the end of each block, ``(..., length)``."""
+        if not any(self.pads):
+            return v
+        blocks = zip(v.split(self.sizes, -1), self.pads, strict=True)
+        return torch.cat([part for block, pad in blocks for part in (block, v.new_zeros(*v.shape[:-1], pad))], -1)
+
+    def unpad(self, v: Tensor) -> Tensor:
+        """The inverse of :meth:`pad`."""
         if not any(self.pads):
             return v
         padded = [size + pad for size, pad in zip(self.sizes, self.pads, strict=True)]
-        return torch.cat([piece[..., :size] for piece, size in zip(v.split(padded, -1), self.sizes, strict=True)], -1)
+        blocks = zip(v.split(padded, -1), self.sizes, strict=True)
+        return torch.cat([block[..., :size] for block, size in blocks], -1)
+
+    def cut(self, v: Tensor) -> Tensor:
+        """Padded vectors ``(..., length)`` as tiles ``(tiles, ..., width)``: a view."""
+        return v.unflatten(-1, (self.count, self.width)).movedim(-2, 0)
+
+    def join(self, tiles: Tensor) -> Tensor:
+        """The inverse of :meth:`cut`: ``(tiles, ..., width)`` as ``(..., length)``."""
+        return tiles.movedim(0, -2).flatten(-2)
+
+    def read(self, tiles: Tensor, start: int, stop: int) -> Tensor:
+        """A copy of the padded columns ``start`` to ``stop`` of ``(tiles, rows, width)``, ``(rows, stop − start)``."""
+        first, last = start // self.width, -(-stop // self.width)
+        offset = first * self.width
+        return self.join(tiles[first:last])[:, start - offset : stop - offset].clone(
+            memory_format=torch.contiguous_format
+        )
+
+    def write(self, tiles: Tensor, start: int, stop: int, columns: Tensor) -> None:
+        """Put ``(rows, stop − start)`` back where :meth:`read` took it from."""
+        first, last = start // self.width, -(-stop // self.width)
+        offset = first * self.width
+        held = self.join(tiles[first:last]).clone()
+        held[:, start - offset : stop - offset] = columns
+        tiles[first:last] = held.unflatten(-1, (last - first, self.width)).movedim(-2, 0)
 
     def total(self, values: Tensor) -> Tensor:
         """Values of tiles ``(tiles, ...)`` added up over each block, ``(blocks, ...)``, in double precision."""
@@ -98,10 +126,10 @@ def wide(tensor: Tensor) -> torch.dtype:
 def project(rows: Tensor, v: Tensor) -> Tensor:
     """Inner products ``v rowsᵀ`` tile by tile, ``(tiles, k, width)`` with ``(tiles, rows, width)``, in v's type."""
     if rows.dtype == v.dtype:
-        return torch.matmul(v, rows.transpose(1, 2))
+        return torch.bmm(v, rows.mT)
     out = v.new_empty(*v.shape[:2], rows.shape[1])
     for part, slab in slabs(rows, v.dtype):
-        torch.matmul(v[part], slab.transpose(1, 2), out=out[part])
+        torch.bmm(v[part], slab.mT, out=out[part])
     return out
 
 
