@@ -13,10 +13,12 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 # name → (colour on light, colour on dark). Every light colour occurs once: `inline` finds them again by value.
@@ -113,7 +115,7 @@ class Trials:
 @contextmanager
 def settings() -> Iterator[None]:
     """Draw and save inside this: the reader's own matplotlibrc must not change a report, nor a report the reader's."""
-    wanted = {
+    wanted: dict[Any, Any] = {
         "font.family": "sans-serif",
         "font.size": _SMALL,
         "text.usetex": False,
@@ -126,48 +128,49 @@ def settings() -> Iterator[None]:
         yield
 
 
-def curves(series: Sequence[Series], *, x: str, y: str, log_y: bool = False, target: float | None = None) -> Figure:
+def curves(
+    series: Sequence[Series], *, x: str, y: str, target: float | None = None, log: bool = False, zoom: bool = False
+) -> Figure:
     """Mean lines with seed bands, each labelled at its end.
 
     Args:
         series: What to draw.
-        x: Name of the horizontal axis; "seconds" axes turn logarithmic where the times differ much.
+        x: Name of the horizontal axis; anything but "steps" turns logarithmic where the last values differ much.
         y: Name of the vertical axis.
-        log_y: Draw the values on a logarithmic axis if all are positive and they span enough.
         target: A value to mark with a line.
+        log: Use a logarithmic vertical axis if all is positive and spans enough.
+        zoom: Fit the vertical axis to the values after the first quarter.
     """
     figure, (axes,) = _figure(1)
-    draw_curves(axes, series, x=x, y=y, log_y=log_y, target=target)
+    _draw_curves(axes, series, x=x, y=y, target=target, log=log, zoom=zoom)
     return figure
 
 
-def race(left: Sequence[Series], right: Sequence[Series], *, y: str, target: float | None) -> Figure:
+def race(left: Sequence[Series], right: Sequence[Series], *, y: str, target: float | None, log: bool) -> Figure:
     """The same quantity over steps and over seconds, side by side."""
     figure, (a, b) = _figure(2)
-    draw_curves(a, left, x="steps", y=y, target=target, named=False)
-    draw_curves(b, right, x="training seconds", y=y, target=target)
+    _draw_curves(a, left, x="steps", y=y, target=target, log=log, zoom=True, named=False)
+    _draw_curves(b, right, x="training seconds", y=y, target=target, log=log, zoom=True)
     return figure
 
 
-def draw_curves(
+def _draw_curves(
     axes: Axes,
     series: Sequence[Series],
     *,
     x: str,
     y: str,
-    log_y: bool = False,
-    target: float | None = None,
+    target: float | None,
+    log: bool,
+    zoom: bool,
     named: bool = True,
 ) -> None:
-    """Draw `curves` into existing axes, without the names if they stand elsewhere."""
-    low, high = _window(series, target)
-    healthy = [v for s in series for v in [*s.low, *s.high]] or [v for s in series for _, ys in s.broken for v in ys]
-    log_y = log_y and min(healthy) > 0 and max(healthy) > 5 * min(healthy)
-    if log_y:
-        low, high = min(healthy), max(healthy)
+    low, high = _window(series, target, zoom)
+    log = log and low > 0 and high > 5 * low
+    if log:
         axes.set_yscale("log")
         _log_ticks(axes.yaxis, low, high)
-    bottom, top = _widened(low, high, log_y)
+    bottom, top = _widened(low, high, log)
     axes.set_ylim(bottom, top)
     paths = [s.x for s in series if s.x] + [xs for s in series for xs, _ in s.broken]
     first, last = min(xs[0] for xs in paths), [xs[-1] for xs in paths]
@@ -176,7 +179,7 @@ def draw_curves(
         _log_ticks(axes.xaxis, first, max(last))
     else:
         axes.set_xlim(0, max(last) * 1.02 or 1)
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     if target is not None:
         axes.axhline(target, color=MUTED, lw=0.9, ls=(0, (2, 2)), zorder=1)
         axes.annotate(
@@ -197,14 +200,21 @@ def draw_curves(
         _label_ends(axes, series)
 
 
-def ends(series: Sequence[Series], *, x: str) -> Figure:
+def ends(series: Sequence[Series], *, x: str, log: bool = False) -> Figure:
     """One row for each optimizer: a dot for each seed, a bar at the mean.
 
     Args:
         series: `x` the seeds' values, `y` their mean; both empty if none finished.
         x: Name of the horizontal axis.
+        log: Make it logarithmic if all is positive and spans much.
     """
     figure, (axes,) = _figure(1)
+    values = [v for s in series for v in s.x]
+    if log and min(values) > 0 and max(values) > 20 * min(values):
+        axes.set_xscale("log")
+        _log_ticks(axes.xaxis, min(values), max(values))
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(5))
     for row, s in enumerate(series):
         if s.x:
             axes.plot([min(s.x), max(s.x)], [row, row], color=s.style.colour, lw=1.2, alpha=0.5)
@@ -215,7 +225,6 @@ def ends(series: Sequence[Series], *, x: str) -> Figure:
     axes.grid(visible=False, axis="y")
     axes.set_ylim(len(series) - 0.4, -0.6)
     axes.margins(x=0.06)
-    axes.xaxis.set_major_locator(MaxNLocator(5))
     axes.set_yticks(range(len(series)), [_short(s.label) for s in series], color=INK, parse_math=False)
     return figure
 
@@ -234,7 +243,8 @@ def tuning(trials: Sequence[Trials]) -> Figure:
     logarithmic = low > 0
     columns = min(2, len(trials))
     rows = -(-len(trials) // columns)
-    figure = Figure((_WIDTH, 0.45 + 1.45 * rows), layout="constrained")
+    roomy = ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.06)
+    figure = Figure((_WIDTH, 0.5 + 1.6 * rows), layout=roomy)
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
     for i, (axes, t) in enumerate(zip(panels, trials, strict=False)):
         if logarithmic:
@@ -246,15 +256,20 @@ def tuning(trials: Sequence[Trials]) -> Figure:
             axes.plot([r for r, _ in k], [v for _, v in k], color=GRID, lw=1.2)
         axes.plot(*_columns(kept[i]), color=t.style.colour, lw=1.6, ls=t.style.line, marker="o", ms=3.4)
         axes.plot(
-            lost[i], [0.93] * len(lost[i]), "x", color=t.style.colour, ms=6, mew=1.6, transform=axes.get_xaxis_transform()
+            lost[i],
+            [0.93] * len(lost[i]),
+            "x",
+            color=t.style.colour,
+            ms=6,
+            mew=1.6,
+            transform=axes.get_xaxis_transform(),
         )
-        for r, v in kept[i]:
-            if r == t.chosen:
-                axes.plot([r], [v], "o", ms=9, mfc="none", mec=INK, mew=1.3)
+        ring = [(r, v) for r, v in kept[i] if r == t.chosen]
+        axes.plot(*_columns(ring), "o", ms=9, mfc="none", mec=INK, mew=1.3)
         _dress(axes, "learning rate" if i + columns >= len(trials) else "", _short(t.label))
         axes.tick_params(labelbottom=i + columns >= len(trials))
         axes.set_xlim(*_widened(min(rates), max(rates), True))
-        axes.set_ylim(_widened(low, high, logarithmic)[0], _widened(low, high, logarithmic, 0.3)[1])  # room for crosses
+        axes.set_ylim(_widened(low, high, logarithmic, 0.15)[0], _widened(low, high, logarithmic, 0.3)[1])
     for axes in panels[len(trials) :]:
         axes.set_visible(False)
     return figure
@@ -317,16 +332,17 @@ def spread_out(positions: Sequence[float], gap: float) -> list[float]:
 
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:
-    figure = Figure((_WIDTH if columns == 1 else 8.6, _HEIGHT), layout="constrained")
+    figure = Figure((_WIDTH if columns == 1 else 9.0, _HEIGHT), layout="constrained")
     return figure, list(figure.subplots(1, columns, squeeze=False).ravel())
 
 
-def _window(series: Sequence[Series], target: float | None) -> tuple[float, float]:
-    # The first tenth of a training runs through values nobody compares; curves enter the window from outside.
-    late = [v for s in series for v in [*s.low[len(s.low) // 10 :], *s.high[len(s.high) // 10 :]]]
-    late = sorted(late or [v for s in series for _, ys in s.broken for v in ys])
-    cut = len(late) // 20
-    kept = [*late[cut : len(late) - cut], *(v for s in series for v in [*s.low[-1:], *s.high[-1:]])]
+def _window(series: Sequence[Series], target: float | None, zoom: bool) -> tuple[float, float]:
+    # The first quarter of a training runs through values nobody compares; curves enter the window from outside.
+    start = 0.25 if zoom else 0.0
+    values = [v for s in series for band in (s.low, s.high) for v in band[int(len(band) * start) :]]
+    values = sorted(values or [v for s in series for _, ys in s.broken for v in ys])
+    cut = len(values) // 20 if zoom else 0
+    kept = [*values[cut : len(values) - cut], *(v for s in series for v in [*s.low[-1:], *s.high[-1:]])]
     kept += [] if target is None else [target]
     return min(kept), max(kept)
 
@@ -339,7 +355,7 @@ def _widened(low: float, high: float, log: bool, share: float = 0.06) -> tuple[f
     return low - margin, high + margin
 
 
-def _log_ticks(axis, low: float, high: float) -> None:  # noqa: ANN001
+def _log_ticks(axis, low: float, high: float) -> None:
     decades = math.log10(high / low)
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,), numticks=8))
     axis.set_minor_locator(NullLocator())
@@ -347,7 +363,7 @@ def _log_ticks(axis, low: float, high: float) -> None:  # noqa: ANN001
 
 
 def _dress(axes: Axes, x: str, y: str) -> None:
-    axes.set_title(y, loc="left", fontsize=_NORMAL, color=INK, parse_math=False)
+    axes.set_title(y, loc="left", fontsize=_NORMAL, color=INK, pad=9, parse_math=False)
     axes.set_xlabel(x, color=MUTED, fontsize=_SMALL)
     axes.tick_params(colors=MUTED, labelsize=_SMALL, length=0)
     axes.grid(axis="y", color=GRID, lw=0.8)
@@ -360,7 +376,9 @@ def _dress(axes: Axes, x: str, y: str) -> None:
 
 def _label_ends(axes: Axes, series: Sequence[Series]) -> None:
     # Names stand right of the axes, in the order of the curves' ends, each tied to its end by a hair line.
-    tips = [(s, s.x[-1], s.y[-1]) if s.x else (s, s.broken[0][0][-1], s.broken[0][1][-1]) for s in series if s.x or s.broken]
+    tips = [
+        (s, s.x[-1], s.y[-1]) if s.x else (s, s.broken[0][0][-1], s.broken[0][1][-1]) for s in series if s.x or s.broken
+    ]
     bottom, top = axes.get_ylim()
     scale = math.log if axes.get_yscale() == "log" else float
     inside = [min(max(y, bottom), top) for _, _, y in tips]

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 import html
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from operator import methodcaller
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
 from typing import Any
 
 from matplotlib.figure import Figure
@@ -19,6 +21,7 @@ from rich.table import Table
 from rich.text import Text
 
 from quadric.lab import plots
+from quadric.lab.checkpoint import write_atomically
 
 
 @dataclass(frozen=True)
@@ -124,11 +127,14 @@ def columns(results: dict[str, Any], ranked: Sequence[Standing]) -> list[Column]
     A best is marked where two or more can be compared, and among those that lost no seed if there are such.
     """
     metric, target = results["metric"], results["target"]
-    places = _places([s.metric.mean for s in ranked if s.metric], metric["unit"])
+    means = [s.metric.mean for s in ranked if s.metric]
+    places = _places(means or [0.0], metric["unit"])
     whole = [s.complete for s in ranked]
     higher = metric["higher_is_better"]
 
-    def column(title: str, unit: str, values: list[Spread | None], cells: list[str], allowed: list[bool], up=False):
+    def column(
+        title: str, unit: str, values: list[Spread | None], cells: list[str], allowed: list[bool], up: bool = False
+    ):
         judged = [i for i, v in enumerate(values) if v is not None and (allowed[i] or not any(allowed))]
         means = {i: v.mean for i in judged if (v := values[i]) is not None}
         best = (max if up else min)(means.values()) if len(means) > 1 else None
@@ -145,7 +151,7 @@ def columns(results: dict[str, Any], ranked: Sequence[Standing]) -> list[Column]
         Column("lr", "", [number(finite(s.hyperparameters.get("lr"))) for s in ranked]),
         column("test loss", "", [s.loss for s in ranked], [_mean(s.loss) for s in ranked], whole),
         column(_printable(metric["name"]), _printable(metric["unit"]), metrics, cells, whole, higher),
-        column("training", "s", [s.seconds for s in ranked], [_mean(s.seconds) for s in ranked], whole),
+        column("time", "s", [s.seconds for s in ranked], [_mean(s.seconds) for s in ranked], whole),
     ]
     if target is not None:
         cells = ["–" if not s.reached else _mean(s.reached) + _share(s.reached.count, len(s.runs)) for s in ranked]
@@ -155,7 +161,7 @@ def columns(results: dict[str, Any], ranked: Sequence[Standing]) -> list[Column]
     table.append(column("step", "ms", costs, [_mean(cost) for cost in costs], [True] * len(ranked)))
     adamw = next((s.step_ms for s in ranked if s.name == "AdamW" and not s.ours), None)
     if adamw and adamw.mean > 0:
-        table.append(Column("step", "× AdamW", [f"{c.mean / adamw.mean:.2f}" if c else "–" for c in costs]))
+        table.append(Column("step ×", "AdamW", [f"{c.mean / adamw.mean:.2f}" if c else "–" for c in costs]))
     memory = [s.memory for s in ranked]
     table.append(column("memory", "MB", memory, [_mean(m) for m in memory], [True] * len(ranked)))
     return table
@@ -181,9 +187,16 @@ def verdict(results: dict[str, Any], ranked: Sequence[Standing]) -> tuple[str, s
         alone = "ran alone" if len(ranked) == 1 else "alone finished"
         return f"{first.name} {alone} on {task}", f"{first.name} {alone} and ended at {said}{_pace(results, ranked)}."
     assert second.metric is not None
-    role = "the runner-up" if first.ours == second.ours else "the best rival" if first.ours else "the best of quadric's"
+    role = "the runner-up" if first.ours == second.ours else "the best rival" if first.ours else "the best of quadric’s"
+    theirs = f"{_measure(second.metric, places)}{_unit(metric)}"
+    if first.complete and not second.complete:
+        role += f", which lost {len(second.runs) - second.metric.count} of {len(second.runs)} seeds"
+        if (second.metric.mean > first.metric.mean) == metric["higher_is_better"]:
+            text = f"{first.name} finished every seed and ended at {said}; "
+            text += f"{second.name}, {role}, ended at {theirs} in the others"
+            return f"No clear winner on {task}", f"{text}{_pace(results, ranked)}."
     gap, noise = abs(first.metric.mean - second.metric.mean), _noise(first.metric, second.metric)
-    apart = f"{gap:.{places}f}{' points' if metric['unit'] == '%' else _unit(metric)}"
+    apart = f"{_difference(gap, places)}{' points' if metric['unit'] == '%' else _unit(metric)}"
     if noise is None:
         headline = f"{first.name} ahead on {task}"
         text = (
@@ -194,13 +207,13 @@ def verdict(results: dict[str, Any], ranked: Sequence[Standing]) -> tuple[str, s
         headline = f"{first.name} wins on {task}"
         text = (
             f"{first.name} won with {said}, {apart} better than {second.name}, {role}, "
-            f"which is more than the seeds’ spread ({noise:.{places}f})"
+            f"which is more than the seeds’ spread ({_difference(noise, places)})"
         )
     else:
         headline = f"A tie on {task}"
         text = (
-            f"{first.name} ended at {said} and {second.name}, {role}, at {_measure(second.metric, places)}"
-            f"{_unit(metric)}: a tie, for the {apart} between them lie within the seeds’ spread ({noise:.{places}f})"
+            f"{first.name} ended at {said} and {second.name}, {role}, at {theirs}: a tie, for "
+            f"the {apart} between them lie within the seeds’ spread ({_difference(noise, places)})"
         )
     return headline, f"{text}{_pace(results, ranked)}."
 
@@ -210,14 +223,20 @@ def results_table(results: dict[str, Any]) -> Table:
     ranked = standings(results)
     headline, sentence = verdict(results, ranked)
     lines = [sentence, *_lost(ranked), "◆ quadric’s own; bold: best of its column; ±: standard deviation over seeds"]
-    table = Table(title=Text(headline), caption=Text("\n".join(lines)), caption_justify="left", box=box.SIMPLE_HEAD)
+    caption = Text("\n".join(lines))
+    # Nine columns fit 80 characters without padding: the box alone sets them apart.
+    look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": 0, "show_edge": False}
+    table = Table(title=Text(headline), caption=caption, caption_justify="left", **look)
     summary = columns(results, ranked)
     for i, column in enumerate(summary):
-        head = f"{column.title}\n{column.unit}"
-        table.add_column(Text(head), justify="right" if i else "left", no_wrap=i > 0, overflow="fold")
+        head = f"{column.title}\n{column.unit}" if column.unit else column.title.replace(" ", "\n")
+        if i:
+            table.add_column(Text(head), justify="right")
+        else:
+            table.add_column(Text(head), no_wrap=True, max_width=24)  # a name outlives the squeeze of a narrow terminal
     for row, standing in enumerate(ranked):
         name = Text(("◆ " if standing.ours else "  ") + standing.name, style="cyan" if standing.ours else "")
-        rest = [Text(c.cells[row], style="bold green" if row in c.best else "") for c in summary[1:]]
+        rest = [Text(c.cells[row].replace(" ± ", "±"), "bold green" if row in c.best else "") for c in summary[1:]]
         table.add_row(name, *rest)
     return table
 
@@ -229,18 +248,18 @@ def write_report(results: dict[str, Any], folder: Path) -> Path:
         results: What a race measured, as in its results.json.
         folder: Where to write; made if it is not there.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     ranked = standings(results)
+    files: dict[str, bytes] = {}
     pictures: dict[str, str] = {}
     with plots.settings():
         for name, figure in _pictures(results, ranked).items():
             document = plots.svg(figure)
-            (folder / f"{name}.svg").write_text(document, encoding="utf-8")
-            (folder / f"{name}.png").write_bytes(plots.png(figure))
+            files |= {f"{name}.svg": document.encode(), f"{name}.png": plots.png(figure)}
             pictures[name] = plots.inline(document, name)
-    path = folder / "report.html"
-    path.write_text(_page(results, ranked, pictures), encoding="utf-8")
-    return path
+    files["report.html"] = _page(results, ranked, pictures).encode()
+    for name, content in files.items():
+        write_atomically(folder / name, methodcaller("write", content))
+    return folder / "report.html"
 
 
 def finite(value: Any) -> float | None:
@@ -274,7 +293,9 @@ def _outcome(run: dict[str, Any], results: dict[str, Any]) -> Outcome:
         words = f"diverged after step {last['step']}" if run["diverged"] else "ended without a finite test metric"
     reached = None
     if finished and target is not None:
-        hits = (e for e in history if (m := finite(e["test_metric"])) is not None and (m >= target if up else m <= target))
+        hits = (
+            e for e in history if (m := finite(e["test_metric"])) is not None and (m >= target if up else m <= target)
+        )
         reached = finite(next(hits, {"seconds": None})["seconds"])
     return Outcome(
         run["seed"], finished, words, last, history, finite(run["seconds"]), reached, finite(run["step_ms"]),
@@ -296,7 +317,9 @@ def _pace(results: dict[str, Any], ranked: Sequence[Standing]) -> str:
     if results["target"] is None:
         return ""
     most = max((s.reached.count / len(s.runs) for s in ranked if s.reached), default=0)
-    timed = [(s.reached.mean, i, s) for i, s in enumerate(ranked) if s.reached and s.reached.count / len(s.runs) == most]
+    timed = [
+        (s.reached.mean, i, s) for i, s in enumerate(ranked) if s.reached and s.reached.count / len(s.runs) == most
+    ]
     if not timed:
         return f"; {'it did not reach' if len(ranked) == 1 else 'none reached'} {_goal(results)}"
     quick = [s for _, _, s in sorted(timed)]
@@ -305,12 +328,15 @@ def _pace(results: dict[str, Any], ranked: Sequence[Standing]) -> str:
     among = "" if most == 1 else f", though not in every seed ({first.reached.count} of {len(first.runs)})"
     if second is None:
         alone = "it" if len(ranked) == 1 else f"{first.name} alone"
-        return f"; {alone} reached {_goal(results)} {'in' if most < 1 else 'in every seed, in'} {_mean(first.reached)} s{among}"
+        always = "" if most < 1 else " in every seed,"
+        return f"; {alone} reached {_goal(results)}{always} in {_mean(first.reached)} s{among}"
+    if most == 1 and any(s.reached and s.reached.mean < first.reached.mean for s in ranked):
+        among = ", of those that got there in every seed"
     assert second.reached is not None
     noise = _noise(first.reached, second.reached)
     if noise is not None and second.reached.mean - first.reached.mean <= noise:
-        times = f"{_mean(first.reached)} and {_mean(second.reached)} s"
-        return f"; {first.name} and {second.name} were equally quick to {_goal(results)} within the spread ({times}){among}"
+        pair, times = f"{first.name} and {second.name}", f"{_mean(first.reached)} and {_mean(second.reached)} s"
+        return f"; {pair} were equally quick to {_goal(results)} within the spread ({times}){among}"
     if first.ours == second.ours:
         role = "the next"
     else:
@@ -329,13 +355,21 @@ def _printable(text: Any) -> str:
 
 
 def _places(values: Sequence[float], unit: str) -> int:
-    # Decimals shared by a column: hundredths of a per cent, else four significant digits of the largest value.
-    largest = max((abs(v) for v in values), default=0.0)
-    return 2 if unit == "%" or largest == 0 else min(6, max(0, 3 - math.floor(math.log10(largest))))
+    # Decimals shared by a column: hundredths of a per cent, else four significant digits of the middle value.
+    middle = median(abs(v) for v in values)
+    return 2 if unit == "%" or middle == 0 else min(6, max(0, 3 - math.floor(math.log10(middle))))
 
 
 def _measure(spread: Spread, places: int) -> str:
+    if abs(spread.mean) >= 1:  # far larger than its column: no digits that mean nothing
+        places = min(places, max(0, 4 - math.floor(math.log10(abs(spread.mean)))))
     return f"{spread.mean:.{places}f}" + ("" if spread.std is None else f" ± {spread.std:.{places}f}")
+
+
+def _difference(value: float, places: int) -> str:
+    # A difference too small for its column keeps its first digits: "0.00 better" would be nonsense.
+    text = f"{value:.{places}f}"
+    return text if float(text) or not value else number(value, 2)
 
 
 def _mean(spread: Spread | None) -> str:
@@ -343,7 +377,7 @@ def _mean(spread: Spread | None) -> str:
 
 
 def _share(count: int, total: int) -> str:
-    return "" if count == total else f" ({count} of {total})"
+    return "" if count == total else f" ({count}/{total})"
 
 
 def _unit(metric: dict[str, Any]) -> str:
@@ -356,27 +390,32 @@ def _goal(results: dict[str, Any]) -> str:
 
 def _curve(standing: Standing, x: str, y: str) -> plots.Series:
     # Mean and band run over the steps all finished runs have in common, so that they average the same seeds throughout.
-    points = [
-        {e["step"]: (a, b) for e in run.history if None not in ((a := finite(e[x])), (b := finite(e[y])))}
-        for run in standing.runs
-    ]
-    done = [p for p, run in zip(points, standing.runs, strict=True) if run.finished]
-    rest = [p for p, run in zip(points, standing.runs, strict=True) if not run.finished and p]
+    done, broken = [], []
+    for run in standing.runs:
+        points: dict[int, tuple[float, float]] = {}
+        for entry in run.history:
+            a, b = finite(entry[x]), finite(entry[y])
+            if a is not None and b is not None:
+                points[entry["step"]] = a, b
+        if run.finished:
+            done.append(points)
+        elif points:
+            broken.append(([a for a, _ in points.values()], [b for _, b in points.values()]))
     steps = sorted(set.intersection(*map(set, done))) if done else []
-    values = [[p[step][1] for p in done] for step in steps]
+    values = [[points[step][1] for points in done] for step in steps]
     return plots.Series(
         standing.name,
         standing.style,
-        x=[fmean(p[step][0] for p in done) for step in steps],
+        x=[fmean(points[step][0] for points in done) for step in steps],
         y=[fmean(v) for v in values],
         low=[min(v) for v in values],
         high=[max(v) for v in values],
-        broken=[tuple(map(list, zip(*p.values(), strict=True))) for p in rest],
+        broken=broken,
     )
 
 
 def _pictures(results: dict[str, Any], ranked: Sequence[Standing]) -> dict[str, Figure]:
-    metric, target = results["metric"], finite(results["target"])
+    metric, target, log = results["metric"], finite(results["target"]), not results["metric"]["higher_is_better"]
     quality = f"Test {_printable(metric['name'])}" + (f" ({_printable(metric['unit'])})" if metric["unit"] else "")
     over = {"steps": ("step", "steps"), "seconds": ("seconds", "training seconds")}
     losses = {key: [_curve(s, x, "train_loss") for s in ranked] for key, (x, _) in over.items()}
@@ -384,32 +423,274 @@ def _pictures(results: dict[str, Any], ranked: Sequence[Standing]) -> dict[str, 
     figures = {}
     for key, (_, x) in over.items():
         if any(s.x or s.broken for s in tests[key]):
-            figures[f"metric_{key}"] = plots.curves(tests[key], x=x, y=quality, target=target)
+            figures[f"metric_{key}"] = plots.curves(tests[key], x=x, y=quality, target=target, log=log, zoom=True)
         if any(s.x or s.broken for s in losses[key]):
-            figures[f"loss_{key}"] = plots.curves(losses[key], x=x, y="Training loss", log_y=True)
+            figures[f"loss_{key}"] = plots.curves(losses[key], x=x, y="Training loss", log=True)
     if {"metric_steps", "metric_seconds"} <= figures.keys():
-        figures["race"] = plots.race(tests["steps"], tests["seconds"], y=quality, target=target)
+        figures["race"] = plots.race(tests["steps"], tests["seconds"], y=quality, target=target, log=log)
     if any(s.metric for s in ranked):
         seeds = [
             plots.Series(
-                s.name + ("" if s.complete else f" ({s.metric.count if s.metric else 0} of {len(s.runs)})"),
+                s.name + _share(s.metric.count if s.metric else 0, len(s.runs)),
                 s.style,
                 x=[run.last["test_metric"] for run in s.runs if run.finished],
                 y=[s.metric.mean] if s.metric else [],
             )
             for s in ranked
         ]
-        figures["seeds"] = plots.ends(seeds, x=quality.lower() if metric["name"].islower() else quality)
-    if results["tuning"]:
-        figures["tuning"] = plots.tuning([_trials(s, results["tuning"]) for s in ranked])
+        figures["seeds"] = plots.ends(seeds, x=quality, log=log)
+    tried = [t for s in ranked if (t := _trials(s, results["tuning"])).rates or t.lost] if results["tuning"] else []
+    if tried:
+        figures["tuning"] = plots.tuning(tried)
     return figures
 
 
+def _tried(standing: Standing, tuning: dict[str, Any]) -> list[dict[str, Any]]:
+    return {_printable(name): trials for name, trials in tuning["trials"].items()}.get(standing.name, [])
+
+
 def _trials(standing: Standing, tuning: dict[str, Any]) -> plots.Trials:
-    tried = tuning["trials"].get(standing.name, [])
-    good = [(t["lr"], t["loss"]) for t in tried if not t["diverged"] and finite(t["loss"]) is not None]
-    lost = [t["lr"] for t in tried if t["diverged"] or finite(t["loss"]) is None]
-    rates, losses = [a for a, _ in good], [b for _, b in good]
-    return plots.Trials(
-        standing.name, standing.style, rates, losses, lost, finite(standing.hyperparameters.get("lr"))
+    good, lost = [], []
+    for trial in _tried(standing, tuning):
+        loss = None if trial["diverged"] else finite(trial["loss"])
+        if loss is None:
+            lost.append(trial["lr"])
+        else:
+            good.append((trial["lr"], loss))
+    chosen = finite(standing.hyperparameters.get("lr"))
+    return plots.Trials(standing.name, standing.style, [r for r, _ in good], [v for _, v in good], lost, chosen)
+
+
+def _page(results: dict[str, Any], ranked: Sequence[Standing], pictures: dict[str, str]) -> str:
+    headline, sentence = verdict(results, ranked)
+    started = str(results["environment"].get("started", "")).partition(" ")[0]
+    eyebrow = " · ".join(filter(None, ["quadric race", f"{results['model']} on {results['task']}", started]))
+    lost = "".join(f"<li>{_text(line)}</li>" for line in _lost(ranked))
+    aside = f"<aside><strong>Not every run finished.</strong><ul>{lost}</ul></aside>" if lost else ""
+    sides = "Solid: quadric’s own; dashed: rivals. " if len({s.ours for s in ranked}) == 2 else ""
+    band = "Line: mean; band: lowest to highest seed. " if len(results["seeds"]) > 1 else ""
+    cross = "×: where a lost run stopped. " if lost else ""
+    legend = f"{sides}{band}{cross}The test axes are fitted to what came after the first quarter of training."
+    captions = {
+        "metric_seconds": "What a second buys.",
+        "metric_steps": "What a step buys.",
+        "loss_seconds": "Training loss against training time.",
+        "loss_steps": "Training loss against steps.",
+    }
+    curves = "".join(_picture(pictures, name, words) for name, words in captions.items())
+    runs = sum(len(s.runs) for s in ranked)
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{_text(headline)} · quadric race</title>
+<link rel="icon" href="data:,">
+<style>{_css()}</style>
+</head>
+<body>
+<main>
+<header>
+<p class="eyebrow">{_text(eyebrow)}</p>
+<h1>{_text(headline)}</h1>
+<p class="lede">{re.sub(r"(?<=[0-9]) (?=%|s )", "&nbsp;", _text(sentence))}</p>
+<p class="note">{_text(results["description"])}</p>
+</header>
+{aside}
+<section>
+<h2>Result</h2>
+{_summary(results, ranked, pictures)}
+</section>
+<section>
+<h2>The race</h2>
+<p class="note">{_text(legend)}</p>
+<div class="plots">{curves or "<p>No run recorded a finite value.</p>"}</div>
+</section>
+{_tuning(results, ranked, pictures)}
+<section>
+<h2>How it was measured</h2>
+{_method(results)}
+</section>
+<section>
+<h2>Every run</h2>
+<details><summary>{runs} {"run" if runs == 1 else "runs"}, and what each optimizer was given</summary>
+{_raw(results, ranked)}
+</details>
+</section>
+</main>
+</body>
+</html>
+"""
+
+
+def _summary(results: dict[str, Any], ranked: Sequence[Standing], pictures: dict[str, str]) -> str:
+    summary = columns(results, ranked)
+    head = "".join(f"<th scope=col>{_text(c.title)}<small>{_text(c.unit)}</small></th>" for c in summary)
+    body = ""
+    for row, s in enumerate(ranked):
+        mark = "<span class=tag>quadric</span>" if s.ours else ""
+        cells = "".join(f"<td{' class=best' if row in c.best else ''}>{_text(c.cells[row])}</td>" for c in summary[1:])
+        name = f"<th scope=row>{_swatch(s.style)}{_text(s.name)}{mark}</th>"
+        body += f"<tr{' class=ours' if s.ours else ''}>{name}{cells}</tr>"
+    note = ["Bold on a tint: best of its column." if len(ranked) > 1 else ""]
+    note += ["±: standard deviation over seeds." if len(results["seeds"]) > 1 else ""]
+    if results["target"] is not None:
+        name = _printable(results["metric"]["name"])
+        note += [f"“to {_goal(results)}”: training seconds until the test {name} first got there."]
+    if any(spread and spread.count < len(s.runs) for s in ranked for spread in (s.metric, s.reached)):
+        note += ["(2/3): a mean over the two of three seeds that finished, or got there."]
+    return (
+        f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+        f'<div class="plots">{_picture(pictures, "seeds", "A dot for each seed, a bar at their mean.")}'
+        f"<p class=note>{_text(' '.join(note))}</p></div>"
     )
+
+
+def _tuning(results: dict[str, Any], ranked: Sequence[Standing], pictures: dict[str, str]) -> str:
+    tuning = results["tuning"]
+    if not tuning:
+        return ""
+    grid = tuning["grid"]
+    words = (
+        f"The same {len(grid)} learning rates from {number(min(grid))} to {number(max(grid))} for each optimizer, "
+        f"{tuning['epochs']} epochs each, judged on validation data under a seed apart from the race’s."
+    )
+    metric, rows = results["metric"], ""
+    for s in ranked:
+        tried = _tried(s, tuning)
+        chosen = next((t for t in tried if t["lr"] == s.hyperparameters.get("lr")), {"loss": None, "metric": None})
+        lost = sum(t["diverged"] for t in tried)
+        cells = [number(finite(s.hyperparameters.get("lr"))), number(finite(chosen["loss"]))]
+        cells += [number(finite(chosen["metric"]), 4), f"{lost} of {len(tried)}"]
+        rows += f"<tr><th scope=row>{_swatch(s.style)}{_text(s.name)}</th>"
+        rows += "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>"
+    titles = ["optimizer", "chosen lr", "validation loss", f"{metric['name']}{_unit(metric)}", "diverged"]
+    head = "".join(f"<th scope=col>{_text(title)}</th>" for title in titles)
+    edge = [s.name for s in ranked if s.hyperparameters.get("lr") in (min(grid), max(grid))]
+    warning = f"{', '.join(edge)}: chosen at the edge of the grid; a better rate may lie beyond it." if edge else ""
+    caption = (
+        "Validation loss against learning rate. Ring: the rate chosen. × at the top: diverged, or far off the scale."
+    )
+    return (
+        f'<section><h2>Tuning</h2><p class=note>{_text(words)}</p><div class="plots">'
+        f'{_picture(pictures, "tuning", caption)}<div class="scroll"><table class="small">'
+        f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
+        f"<p class=note>{_text(warning)}</p></div></div></section>"
+    )
+
+
+def _method(results: dict[str, Any]) -> str:
+    environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
+    facts = {
+        "Command": f"<code>{_text(results['command'])}</code>",
+        "Task": _text(results["description"]),
+        "Budget": _text(
+            f"{results['epochs']} epochs = {results['steps']:,} steps of batch size {results['batch_size']}, "
+            f"{results['schedule']} schedule, the same for every optimizer"
+        ),
+        "Seeds": _text(
+            ", ".join(map(str, results["seeds"])) + ": each optimizer starts from the same weights and batches"
+        ),
+        "Seconds": "Training alone: forward, backward and optimizer step. Evaluation is not counted.",
+        "Step": "Median milliseconds of one whole training step, mean over the seeds.",
+        "Memory": "Tensors the optimizer keeps between steps, in 10⁶ bytes.",
+        "A win": "The means differ by more than √(σ₁² + σ₂²), σ the standard deviations over seeds; else a tie.",
+        "Environment": _text(f"quadric {results['quadric']}, {environment}"),
+    }
+    return "<dl>" + "".join(f"<dt>{term}</dt><dd>{words}</dd>" for term, words in facts.items()) + "</dl>"
+
+
+def _raw(results: dict[str, Any], ranked: Sequence[Standing]) -> str:
+    titles = ["optimizer", "seed", "outcome", "steps", "train loss", "test loss", results["metric"]["name"], "seconds"]
+    titles += ["to target", "step ms", "memory MB"]
+    body = ""
+    for s in ranked:
+        for run in s.runs:
+            losses = [number(finite(run.last[key]), 5) for key in ("train_loss", "test_loss", "test_metric")]
+            costs = [number(value, 4) for value in (run.seconds, run.reached, run.step_ms, run.memory)]
+            cells = [run.seed, run.words, run.last["step"], *losses, *costs]
+            body += f"<tr><th scope=row>{_swatch(s.style)}{_text(s.name)}</th>"
+            body += (
+                "".join(f"<td{' class=words' if i == 1 else ''}>{_text(c)}</td>" for i, c in enumerate(cells)) + "</tr>"
+            )
+    head = "".join(
+        f"<th scope=col{' class=words' if title == 'outcome' else ''}>{_text(title)}</th>" for title in titles
+    )
+    given = ""
+    for s in ranked:
+        words = ", ".join(f"{key}={value}" for key, value in s.hyperparameters.items())
+        given += f"<dt>{_text(s.name)}</dt><dd><code>{_text(words)}</code></dd>"
+    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><dl>{given}</dl>"
+
+
+def _picture(pictures: dict[str, str], name: str, caption: str) -> str:
+    if name not in pictures:
+        return ""
+    picture = pictures[name].replace("<svg ", f'<svg role="img" aria-label="{_text(caption)}" ', 1)
+    return f"<figure>{picture}<figcaption>{_text(caption)}</figcaption></figure>"
+
+
+def _swatch(style: plots.Style) -> str:
+    dashes = " ".join(f"{2 * d:g}" for d in style.dashes)
+    return (
+        f'<svg class="swatch" viewBox="0 0 28 8" aria-hidden="true"><path d="M1 4H27" '
+        f'stroke="var(--{style.key})" stroke-width="2.5" stroke-dasharray="{dashes}"/></svg>'
+    )
+
+
+def _text(value: Any) -> str:
+    return html.escape(_printable(value))
+
+
+def _css() -> str:
+    light, dark = ("".join(f"--{name}:{pair[i]};" for name, pair in plots.THEME.items()) for i in (0, 1))
+    night = f"@media screen and (prefers-color-scheme:dark){{:root{{{dark}}}}}"
+    return f":root{{color-scheme:light dark;{light}}}{night}{_RULES}"
+
+
+# Dark colours are for screens alone, and a fold opens on paper: what is printed is complete and on white.
+_RULES = """
+*{box-sizing:border-box}
+body{margin:0;background:var(--paper);color:var(--ink);
+  font:16px/1.6 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif;-webkit-text-size-adjust:100%}
+main{max-width:72rem;margin:0 auto;padding:clamp(1.5rem,5vw,4.5rem) clamp(1rem,4vw,3rem)}
+section{margin-top:clamp(2.5rem,6vw,4.5rem)}
+h1,h2,.lede{font-family:Charter,"Iowan Old Style","Source Serif Pro",Georgia,serif;text-wrap:balance}
+h1{font-size:clamp(2rem,5.5vw,3.4rem);line-height:1.1;font-weight:600;letter-spacing:-.015em;margin:.2em 0 .4em}
+h2{font-size:1.55rem;font-weight:600;margin:0 0 .8rem}
+.lede{font-size:clamp(1.15rem,2.4vw,1.45rem);line-height:1.5;max-width:44rem;margin:0 0 1.2rem;text-wrap:pretty}
+.eyebrow,.note,figcaption,dt{color:var(--muted)}
+.eyebrow{margin:0;font-size:.875rem;letter-spacing:.03em}
+.note{font-size:.9rem;max-width:46rem;margin:.6rem 0 1.4rem}
+aside{border-left:3px solid var(--ours-1);padding:.2rem 0 .2rem 1.1rem;margin:2rem 0 0;font-size:.95rem}
+aside ul{margin:.3rem 0;padding-left:1.1rem}
+.scroll{overflow-x:auto;min-width:0}
+table{border-collapse:collapse;width:100%;font-size:.93rem;font-variant-numeric:tabular-nums}
+th,td{padding:.55rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
+thead th{font-weight:500;color:var(--muted);vertical-align:bottom;line-height:1.3;border-bottom:1px solid var(--muted)}
+thead small{display:block;font-size:.8rem;min-height:1.3em}
+th:first-child{text-align:left;padding-left:0;position:sticky;left:0;background:var(--paper)}
+tbody th{font-weight:400}
+.ours th:first-child{font-weight:600}
+.best{font-weight:700;background:color-mix(in srgb,var(--ours-2) 14%,transparent)}
+.words{text-align:left;white-space:normal;min-width:9rem}
+.small{font-size:.85rem;width:auto}.small :is(th,td){padding:.4rem .5rem}.small th:first-child{padding-left:0}
+.tag{font-size:.72rem;font-weight:500;color:var(--muted);border:1px solid var(--grid);border-radius:1em;
+  padding:.05em .6em;margin-left:.6em;vertical-align:.1em}
+.swatch{width:28px;height:8px;margin-right:.6rem;vertical-align:.08em;fill:none}
+.plots{margin-top:1.6rem;align-items:start;display:grid;
+  grid-template-columns:repeat(auto-fill,minmax(min(100%,27rem),1fr));gap:2.2rem 2.5rem}
+figure{margin:0;break-inside:avoid;max-width:36rem}
+figure>svg{display:block;width:100%;height:auto}
+figure text{font-family:inherit!important}
+figcaption{font-size:.85rem;margin-top:.4rem}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:.5rem 1.6rem;margin:1rem 0;font-size:.95rem}
+dd{margin:0;overflow-wrap:anywhere}
+code{font:.9em ui-monospace,SFMono-Regular,Menlo,Consolas,monospace}
+summary{cursor:pointer;margin-bottom:1rem}
+@media (max-width:34rem){dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.8rem}.tag{display:none}
+  table{font-size:.85rem}.swatch{width:20px;margin-right:.35rem}th,td{padding:.5rem .45rem}}
+@media print{body{font-size:11px}main{padding:0;max-width:none}section{margin-top:2rem}.scroll{overflow:visible}
+  th,td{padding:.3rem .4rem}.plots{grid-template-columns:1fr 1fr}tr{break-inside:avoid}h2,.note{break-after:avoid}
+  details::details-content{content-visibility:visible;display:block;height:auto}}
+"""
