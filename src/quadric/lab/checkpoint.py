@@ -10,6 +10,8 @@ import math
 import os
 import pickle
 import tempfile
+import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,6 +21,18 @@ import torch
 from quadric.lab import LabError
 
 FORMAT = "quadric-checkpoint-1"
+# how zipfile and torch say that a file is not what it should be
+DAMAGED = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    EOFError,
+    KeyError,
+    AttributeError,
+    zipfile.BadZipFile,
+    zlib.error,
+    pickle.UnpicklingError,
+)
 REMEDIES = {
     errno.ENOSPC: "the disk is full: free some space",
     errno.EDQUOT: "the disk quota is used up: free some space",
@@ -42,8 +56,9 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # The same folder: a rename across disks would be a copy, and a copy can be interrupted.
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            draft = Path(file.name)
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        draft = Path(name)
+        with os.fdopen(handle, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
@@ -53,12 +68,22 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         cause = _system_error(error)
         if cause is None:
             raise
-        reason = REMEDIES.get(cause.errno or 0, f"{cause.strerror or cause}: check the folder")
-        kept = "the previous one is untouched" if path.exists() else "nothing was written"
-        raise LabError(f"cannot write {path} ({kept}); {reason}, then repeat with --resume", code=1) from error
+        raise refusal(path, cause) from error
     finally:
         if draft is not None:
             draft.unlink(missing_ok=True)
+
+
+def refusal(path: Path, error: OSError) -> LabError:
+    """What to tell a person whose disk refused a file.
+
+    Args:
+        path: The file that was to be written.
+        error: What the system said.
+    """
+    reason = REMEDIES.get(error.errno or 0, f"{error.strerror or error}: check the folder")
+    kept = "the previous one is untouched" if path.is_file() else "nothing is lost but this file"
+    return LabError(f"cannot write {path} ({kept}); {reason}, then repeat with --resume", code=1)
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
@@ -89,10 +114,13 @@ def load(path: Path) -> dict[str, Any]:
     """
     remedy = "delete it to start this run again"
     try:
+        with zipfile.ZipFile(path) as archive:  # torch writes check sums and does not look at them again
+            if archive.testzip() is not None:
+                raise ValueError("a check sum does not hold")
         state = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise LabError(f"there is no checkpoint at {path}; start the run without --resume") from error
-    except (OSError, RuntimeError, ValueError, EOFError, KeyError, AttributeError, pickle.UnpicklingError) as error:
+    except DAMAGED as error:
         raise LabError(f"the checkpoint {path} is truncated or damaged; {remedy}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise LabError(f"{path} is not a checkpoint of this version of quadric; {remedy}")

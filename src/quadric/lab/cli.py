@@ -26,7 +26,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and a mistyped option
 
 DEFAULT_RATES = 9  # learning rates of `--tune` without a number
 # typer carries its own copy of click since 0.2x; either way this is the parent of all complaints about options
-UsageError = typer.BadParameter.__bases__[0]
+UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
@@ -89,6 +89,7 @@ def top(ctx: typer.Context, show: Annotated[bool, typer.Option("--version", help
 
 @app.command()
 def race(
+    ctx: typer.Context,
     task: TaskName = "digits",
     text: TextFile = None,
     data_dir: DataDir = None,
@@ -165,18 +166,21 @@ def race(
         device=chosen,
     )
     check_race(plan, loaded)
-    folder = open_folder(out, "race", plan, resume)
+    folder = open_folder(out, "race", plan, resume, words=ctx.obj)
     console = Console()
     display = Display(console, count_steps(plan, loaded))
     try:
-        report = run_race(plan, loaded, folder, display, command=_command(), saving_seconds=checkpoint_seconds)
+        report = run_race(
+            plan, loaded, folder, display, command=shlex.join(["quadric", *ctx.obj]), saving_seconds=checkpoint_seconds
+        )
     except KeyboardInterrupt:
-        raise _interrupted(folder, out) from None
+        raise _interrupted(ctx.obj, folder, out) from None
     console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
 def train(
+    ctx: typer.Context,
     optimizer: Annotated[
         str,
         typer.Option(help="sgd, adamw, muon, mfac, ginger, ginger-sampled or block-mean-adagrad."),
@@ -241,7 +245,7 @@ def train(
         device=chosen,
     )
     check_race(plan, loaded)
-    folder = open_folder(out, "train", plan, resume)
+    folder = open_folder(out, "train", plan, resume, words=ctx.obj)
     console = Console()
     display = Display(console, count_steps(plan, loaded))
     try:
@@ -250,16 +254,16 @@ def train(
             loaded,
             folder,
             display,
-            command=_command(),
+            command=shlex.join(["quadric", *ctx.obj]),
             saving_seconds=checkpoint_seconds,
             saving_steps=checkpoint_steps,
         )
     except KeyboardInterrupt:
-        raise _interrupted(folder, out) from None
+        raise _interrupted(ctx.obj, folder, out) from None
     console.print(f"saved: {folder}", markup=False, highlight=False, soft_wrap=True)
 
 
-def open_folder(out: Path | None, kind: str, plan: "Race", resume: bool) -> Path:
+def open_folder(out: Path | None, kind: str, plan: "Race", resume: bool, words: Sequence[str]) -> Path:
     """The folder of a race or run: a new one with its configuration, or the one to continue.
 
     Args:
@@ -267,6 +271,7 @@ def open_folder(out: Path | None, kind: str, plan: "Race", resume: bool) -> Path
         kind: "race" or "train".
         plan: Its configuration.
         resume: ``--resume``.
+        words: The command line after ``quadric``, remembered for ``--resume``.
 
     Raises:
         LabError: When the folder holds something else, or there is nothing to continue.
@@ -274,7 +279,6 @@ def open_folder(out: Path | None, kind: str, plan: "Race", resume: bool) -> Path
     from quadric.lab.checkpoint import read_json, write_json
 
     config = json.loads(json.dumps({"command": kind, "quadric": version("quadric"), **asdict(plan)}))
-    given = [word for word in sys.argv[2:] if word != "--resume"]
     folder = out or _folder_under_runs(f"{kind}-{plan.task}-{plan.model}".replace(":", "-"), resume)
     file = folder / "config.json"
     if not file.exists():
@@ -282,7 +286,7 @@ def open_folder(out: Path | None, kind: str, plan: "Race", resume: bool) -> Path
             raise LabError(f"there is nothing to resume in {folder}; start it without --resume")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise LabError(f"{folder} exists and is not a run's folder; choose another --out")
-        write_json(file, {"arguments": given, **config})
+        write_json(file, {"arguments": list(words[1:]), **config})
         return folder
     before = read_json(file)
     keys = [key for key in config if before.get(key) != config[key]]
@@ -342,12 +346,8 @@ def _augmented(augment: bool, task: "Task") -> bool:
     return augment
 
 
-def _command() -> str:
-    return shlex.join(["quadric", *sys.argv[1:]])
-
-
-def _interrupted(folder: Path, out: Path | None) -> LabError:
-    words = [word for word in sys.argv[1:] if word != "--resume"]
+def _interrupted(words: Sequence[str], folder: Path, out: Path | None) -> LabError:
+    words = [word for word in words if word != "--resume"]
     if out is None:
         words += ["--out", str(folder)]
     return LabError(f"interrupted; continue with: {shlex.join(['quadric', *words, '--resume'])}", code=130)
@@ -360,9 +360,8 @@ def run(arguments: Sequence[str]) -> int:
         arguments: The words after ``quadric``.
     """
     try:
-        status: Any = app(
-            args=_with_number_of_rates(_with_remembered(arguments)), prog_name="quadric", standalone_mode=False
-        )
+        words = _with_number_of_rates(_with_remembered(arguments))
+        status: Any = app(args=words, prog_name="quadric", standalone_mode=False, obj=list(arguments))
         return status if isinstance(status, int) else 0
     except LabError as error:
         return _complain(str(error), error.code)

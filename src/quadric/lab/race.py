@@ -17,7 +17,7 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 
-from quadric.lab import report
+from quadric.lab import LabError, report
 from quadric.lab.checkpoint import read_json, write_atomically, write_json
 from quadric.lab.display import Display
 from quadric.lab.models import build_model
@@ -155,6 +155,9 @@ def run_single(
         command: The command line.
         saving_seconds: Seconds between checkpoints.
         saving_steps: Steps between checkpoints; 0 leaves it to the time.
+
+    Raises:
+        LabError: When the run did not reach its end; everything is saved before.
     """
     started = time.strftime("%Y-%m-%d %H:%M")
     (name,), (seed,) = race.optimizers, race.seeds
@@ -187,6 +190,8 @@ def run_single(
     write_json(
         folder / "results.json", describe_race(race, task, {name: lr}, runs, {}, command=command, started=started)
     )
+    if progress.diverged or progress.error is not None:
+        raise LabError(f"{name}, seed {seed} {summary(task, progress)}; try a smaller --lr or --warmup", code=1)
     display.say(f"{name}, seed {seed}: {summary(task, progress)}")
 
 

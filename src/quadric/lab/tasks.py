@@ -453,7 +453,7 @@ def array_names(path: Path) -> list[str]:
         LabError: When it is missing or damaged.
     """
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return list(file.files)
     except FileNotFoundError as error:
         raise LabError(
@@ -477,7 +477,7 @@ def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
     if missing:
         raise LabError(f"{path} lacks the array {missing[0]}; fetch it again")
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
             return [file[name] for name in names]
     except DAMAGED as error:
         raise LabError(f"{path} is damaged; fetch it again") from error

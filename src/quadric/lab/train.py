@@ -140,20 +140,20 @@ def train(
     scalars = None if tensorboard is None else ScalarLog(tensorboard, progress.history)
 
     order, saved = Tensor(), time.monotonic()
-    try:
-        while progress.step < total and not progress.diverged and progress.error is None:
-            epoch, batch = divmod(progress.step, steps_per_epoch)
-            if batch == 0 or len(order) == 0:
-                order = epoch_order(plan.seed, epoch, len(inputs)).to(device)
-            started = now(device)
+    while progress.step < total and not progress.diverged and progress.error is None:
+        epoch, batch = divmod(progress.step, steps_per_epoch)
+        if batch == 0 or len(order) == 0:
+            order = epoch_order(plan.seed, epoch, len(inputs)).to(device)
+        started = now(device)
 
-            rows = order[batch * batch_size : (batch + 1) * batch_size]
-            x, y = task.prepare(inputs[rows]), targets[rows]
-            if plan.augment:
-                x = shift_and_mirror(x)
-            lr = plan.lr * rate(progress.step, total, plan)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+        rows = order[batch * batch_size : (batch + 1) * batch_size]
+        x, y = task.prepare(inputs[rows]), targets[rows]
+        if plan.augment:
+            x = shift_and_mirror(x)
+        lr = plan.lr * rate(progress.step, total, plan)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        try:
             optimizer.zero_grad()
             outputs = model.train()(x)
             loss = task.loss(outputs, y)
@@ -161,48 +161,44 @@ def train(
             if not math.isfinite(value):
                 progress.diverged = True
                 break
-            try:
-                if entrant.samples_labels:
-                    optimizer.observe(quadric.sampled_loss(outputs.flatten(0, -2), kind=task.labels))
-                loss.backward()
-                optimizer.step()
-            except (RuntimeError, ValueError) as error:  # a NaN gradient, or no memory left for the curvature
-                progress.error = " ".join(f"{type(error).__name__}: {error}".split())
-                break
+            if entrant.samples_labels:
+                optimizer.observe(quadric.sampled_loss(outputs.flatten(0, -2), kind=task.labels))
+            loss.backward()
+            optimizer.step()
+        except (RuntimeError, ValueError) as error:  # a NaN gradient, or no memory left
+            progress.error = " ".join(f"{type(error).__name__}: {error}".split())
+            break
 
-            elapsed = now(device) - started
-            progress.step += 1
-            progress.loss_sum += value
-            progress.seconds += elapsed
-            progress.recent.append(elapsed)
-            if batch + 1 == steps_per_epoch:
-                test_loss, test_metric = evaluate(model, task)
-                record = {
-                    "step": progress.step,
-                    "epoch": epoch + 1,
-                    "seconds": progress.seconds,
-                    "lr": lr,
-                    "train_loss": progress.loss_sum / steps_per_epoch,
-                    "test_loss": test_loss,
-                    "test_metric": test_metric,
-                }
-                progress.history.append(record)
-                progress.loss_sum = 0.0
-                if scalars is not None:
-                    scalars.add(record)
-            stop = watch is not None and watch(progress, value)
-            if saving is not None:
-                waited = time.monotonic() - saved
-                by_steps = saving.steps > 0 and progress.step % saving.steps == 0
-                by_time = waited >= saving.seconds or (batch + 1 == steps_per_epoch and waited >= 1)
-                if stop or by_steps or by_time:
-                    save(saving.path, plan, progress, model, optimizer)
-                    saved = time.monotonic()
-            if stop:
-                raise KeyboardInterrupt
-    finally:
-        if scalars is not None:
-            scalars.close()
+        elapsed = now(device) - started
+        progress.step += 1
+        progress.loss_sum += value
+        progress.seconds += elapsed
+        progress.recent.append(elapsed)
+        if batch + 1 == steps_per_epoch:
+            test_loss, test_metric = evaluate(model, task)
+            record = {
+                "step": progress.step,
+                "epoch": epoch + 1,
+                "seconds": progress.seconds,
+                "lr": lr,
+                "train_loss": progress.loss_sum / steps_per_epoch,
+                "test_loss": test_loss,
+                "test_metric": test_metric,
+            }
+            progress.history.append(record)
+            progress.loss_sum = 0.0
+            if scalars is not None:
+                scalars.add(record)
+        stop = watch is not None and watch(progress, value)
+        if saving is not None:
+            waited = time.monotonic() - saved
+            by_steps = saving.steps > 0 and progress.step % saving.steps == 0
+            by_time = waited >= saving.seconds or (batch + 1 == steps_per_epoch and waited >= 1)
+            if stop or by_steps or by_time:
+                save(saving.path, plan, progress, model, optimizer)
+                saved = time.monotonic()
+        if stop:
+            raise KeyboardInterrupt
     if saving is not None:
         save(saving.path, plan, progress, model, optimizer)
     return progress, model, optimizer

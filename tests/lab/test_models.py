@@ -1,0 +1,60 @@
+import pytest
+import torch
+
+from quadric.lab import LabError
+from quadric.lab.models import MODELS, build_model
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "shape", "outputs", "parameters"),
+    [
+        ("logistic", "image", (1, 8, 8), 10, 64 * 10 + 10),
+        ("logistic", "table", (6,), 1, 7),
+        ("mlp", "image", (1, 8, 8), 10, 65 * 64 + 65 * 64 + 65 * 10),
+        ("mlp", "image", (1, 28, 28), 10, 785 * 256 + 257 * 256 + 257 * 10),
+        ("mlp", "table", (6,), 1, 7 * 64 + 65 * 64 + 65),
+        ("3c3d", "image", (3, 32, 32), 10, 895_210),  # DeepOBS
+        ("3c3d", "image", (1, 28, 28), 10, 895_210 - 2 * 25 * 64),
+        ("resnet20", "image", (3, 32, 32), 10, 272_474),  # M-FAC's, projection shortcuts
+        ("resnet20", "image", (1, 8, 8), 10, 272_474 - 2 * 9 * 16),
+        ("gpt", "text", (128,), 65, 2 * 65 * 128 + 128 * 128 + 4 * (12 * 128**2 + 13 * 128) + 256),
+    ],
+)
+def test_shapes_and_sizes(name, kind, shape, outputs, parameters):
+    torch.manual_seed(0)
+    model = build_model(name, "a task", kind, shape, outputs)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    x = torch.randint(outputs, (3, *shape)) if kind == "text" else torch.randn(3, *shape)
+    y = model(x)
+    assert y.shape == ((3, *shape, outputs) if kind == "text" else (3, outputs))
+    y.square().mean().backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_gpt_is_causal():
+    torch.manual_seed(0)
+    model = build_model("gpt", "a text", "text", (16,), 7).eval()
+    tokens = torch.randint(7, (2, 16))
+    changed = tokens.clone()
+    changed[:, 10] = (changed[:, 10] + 1) % 7
+    before, after = model(tokens), model(changed)
+    assert torch.equal(before[:, :10], after[:, :10])
+    assert not torch.equal(before[:, 10:], after[:, 10:])
+
+
+def test_residual_network_carries_the_names_of_the_published_one():
+    names = set(build_model("resnet20", "cifar10", "image", (3, 32, 32), 10).state_dict())
+    assert {"conv1.weight", "layer2.0.downsample.0.weight", "layer3.2.bn2.running_var", "fc.bias"} <= names
+    assert "layer1.0.downsample.0.weight" not in names
+
+
+def test_impossible_pairs_are_one_sentence():
+    with pytest.raises(LabError, match=r"there is no model 'vgg'; choose one of logistic, mlp"):
+        build_model("vgg", "digits", "image", (1, 8, 8), 10)
+    with pytest.raises(LabError, match=r"gpt takes text inputs, and digits has image: choose --model logistic, mlp"):
+        build_model("gpt", "digits", "image", (1, 8, 8), 10)
+    with pytest.raises(LabError, match=r"choose --model gpt"):
+        build_model("mlp", "shakespeare", "text", (128,), 65)
+    with pytest.raises(LabError, match=r"at least 10x10, not 8x8"):
+        build_model("3c3d", "digits", "image", (1, 8, 8), 10)
+    assert set(MODELS) == {"logistic", "mlp", "3c3d", "resnet20", "gpt"}
