@@ -15,9 +15,13 @@ def main() -> None:
             file=sys.stderr,
         )
         sys.exit(2)
-    from quadric.lab.cli import run
+    try:
+        from quadric.lab.cli import run
 
-    sys.exit(run(sys.argv[1:]))
+        status = run(sys.argv[1:])
+    except KeyboardInterrupt:  # during the import
+        status = 130
+    sys.exit(status)
 
 
 if __name__ == "__main__":

@@ -125,7 +125,7 @@ class Entrant:
     def settings(self) -> dict[str, Any]:
         """Every keyword argument of the optimizer and its value in a race, without the learning rate."""
         parameters = inspect.signature(self.optimizer).parameters
-        names = [name for name in parameters if name not in ("params", "model", "lr")]
+        names = [name for name in parameters if name not in ("params", "model", "lr", "maximize")]
         return {name: self.hyper.get(name, parameters[name].default) for name in names}
 
     def described(self) -> dict[str, Any]:
@@ -150,24 +150,24 @@ ENTRANTS: dict[str, Entrant] = {
     "mfac": Entrant(
         "M-FAC",
         True,
-        getattr(quadric, "MFAC", torch.optim.SGD),
-        _of_parameters(getattr(quadric, "MFAC", torch.optim.SGD)),
+        quadric.MFAC,
+        _of_parameters(quadric.MFAC),
         1e-3,
         {},
     ),
     "ginger": Entrant(
         "Ginger",
         True,
-        getattr(quadric, "Ginger", torch.optim.SGD),
-        _of_parameters(getattr(quadric, "Ginger", torch.optim.SGD)),
+        quadric.Ginger,
+        _of_parameters(quadric.Ginger),
         1e-3,
         {},
     ),
     "ginger-sampled": Entrant(
         "Ginger (sampled labels)",
         True,
-        getattr(quadric, "Ginger", torch.optim.SGD),
-        _of_parameters(getattr(quadric, "Ginger", torch.optim.SGD)),
+        quadric.Ginger,
+        _of_parameters(quadric.Ginger),
         1e-3,
         {},
         samples_labels=True,
