@@ -270,10 +270,16 @@ class TestVerdict:
         assert "more than the seeds’ spread (0.20)" in text
 
     def test_a_defeat_is_said_and_measured_against_our_best(self):
-        race = {"SGD": (False, [99.0, 99.2]), "AdamW": (False, [98.9, 99.0]), "Ginger": (True, [97.0, 97.2])}
+        race = {"SGD": (False, [99.0, 99.2]), "AdamW": (False, [98.0, 98.1]), "Ginger": (True, [97.0, 97.2])}
         headline, text = said(short_race(race))
         assert headline == "SGD wins on digits"
         assert "2.00 points better than Ginger, the best of quadric’s" in text
+
+    def test_a_winner_level_with_its_own_side_does_not_take_all(self):
+        race = {"SGD": (False, [99.0, 99.2]), "AdamW": (False, [98.9, 99.1]), "Muon": (False, [98.9, 99.2])}
+        headline, text = said(short_race(race | {"Ginger": (True, [97.0, 97.2])}))
+        assert headline == "SGD, Muon and AdamW lead on digits"
+        assert "level with Muon and AdamW within the seeds’ spread, but 2.00 points better than Ginger" in text
 
     def test_a_difference_within_the_spread_is_a_tie(self):
         headline, text = said(short_race({"MFAC": (True, [97.0, 99.0]), "AdamW": (False, [96.9, 98.9])}))
@@ -323,6 +329,11 @@ class TestVerdict:
     def test_pace(self, times, words):
         race = short_race({"A": (True, [97.0, 97.0]), "B": (False, [96.5, 96.5])}, target=96.0, times=times)
         assert words in said(race)[1]
+
+    def test_pace_of_one_level_with_its_own_side(self):
+        finals = {"A": (True, [97.0, 97.0]), "B": (False, [96.5, 96.5]), "C": (False, [96.4, 96.4])}
+        race = short_race(finals, target=96.0, times={"A": [5, 6], "B": [1, 2], "C": [1.1, 2.1]})
+        assert "B and C were quickest to 96 % (1.5 and 1.6 s, against 5.5 s for A, the quick" in said(race)[1]
 
     def test_pace_where_nobody_got_there(self):
         race = short_race({"A": (True, [90.0]), "B": (False, [91.0])}, target=96.0)
@@ -396,7 +407,8 @@ class TestPage:
         assert "SGD: chosen at the edge of the grid" in page
 
 
-HOSTILE = '<b>$\\alpha$ [red]& "é漢\n\x00\ud800 and very long indeed'
+HOSTILE = '漢<b>$\\alpha$ [red]& "é\n\x00\ud800 and very long indeed'
+SHOWN = '漢<b>$\\alpha$ [red]& "é �� and very long indeed'
 
 
 def hostile():
@@ -405,7 +417,7 @@ def hostile():
     race["entrants"][0]["name"] = race["task"] = race["description"] = race["command"] = HOSTILE
     race["entrants"][0]["runs"][0]["error"] = "<script>alert(1)</script>"
     race["entrants"][0]["hyperparameters"]["note"] = "<i>"
-    race["metric"]["name"] = "a<c"
+    race["metric"]["name"] = "a<c $\\no$"
     race["environment"]["device"] = "<u>"
     return race
 
@@ -449,7 +461,7 @@ def test_odd_races_make_a_whole_page_and_table(case, tmp_path):
     console.print(results_table(race))
     shown = console.export_text()
     for entrant in race["entrants"]:
-        name = '<b>$\\alpha$ [red]& "é漢' if entrant["name"] == HOSTILE else entrant["name"]
+        name = SHOWN if entrant["name"] == HOSTILE else entrant["name"]
         assert name in " ".join(parsed.words)
         assert name[:18] in shown
     for s in standings(race):
@@ -500,6 +512,19 @@ class TestPlots:
         assert (curve.low, curve.high) == ([min(p) for p in pairs], [max(p) for p in pairs])
         ((steps, _),) = curve.broken
         assert steps == [23 * epoch for epoch in range(1, 9)]  # the ninth had no finite value
+
+    def test_a_gap_in_one_seed_is_a_gap_in_the_mean(self):
+        race = made_up_race(names=("MFAC",), seeds=2, epochs=4, tuned=False)
+        race["entrants"][0]["runs"][1]["history"][1]["test_metric"] = None
+        curve = _curve(standings(race)[0], "step", "test_metric")
+        assert curve.x == [23, 69, 92]
+
+    def test_a_long_name_leaves_room_for_the_curves(self):
+        figure = plots.curves(
+            [plots.Series("x" * 200, plots.Style("ours-0"), [1.0], [0.5], [0.5], [0.5])], x="steps", y="loss"
+        )
+        (text,) = figure.axes[0].texts
+        assert text.get_text() == "x" * 21 + "…"
 
     def series(self, y, **rest):
         x = [float(i) for i in range(1, len(y) + 1)]

@@ -214,7 +214,7 @@ def ends(series: Sequence[Series], *, x: str, log: bool = False) -> Figure:
         axes.set_xscale("log")
         _log_ticks(axes.xaxis, min(values), max(values))
     else:
-        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     for row, s in enumerate(series):
         if s.x:
             axes.plot([min(s.x), max(s.x)], [row, row], color=s.style.colour, lw=1.2, alpha=0.5)
@@ -304,9 +304,7 @@ def inline(document: str, prefix: str) -> str:
     for name, (light, _) in THEME.items():
         markup = markup.replace(f": {light}", f": var(--{name})")
     markup = re.sub(r"'DejaVu Sans',[^;\"]*", "sans-serif", markup)
-    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', markup))
-    markup = re.sub(r' id="([^"]*)"', lambda m: f' id="{prefix}-{m[1]}"' if m[1] in used else "", markup)
-    return re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}-", markup)
+    return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}-", markup)
 
 
 def spread_out(positions: Sequence[float], gap: float) -> list[float]:
@@ -364,7 +362,7 @@ def _log_ticks(axis, low: float, high: float) -> None:
 
 def _dress(axes: Axes, x: str, y: str) -> None:
     axes.set_title(y, loc="left", fontsize=_NORMAL, color=INK, pad=9, parse_math=False)
-    axes.set_xlabel(x, color=MUTED, fontsize=_SMALL)
+    axes.set_xlabel(x, color=MUTED, fontsize=_SMALL, parse_math=False)
     axes.tick_params(colors=MUTED, labelsize=_SMALL, length=0)
     axes.grid(axis="y", color=GRID, lw=0.8)
     axes.set_axisbelow(True)

@@ -204,10 +204,14 @@ def verdict(results: dict[str, Any], ranked: Sequence[Standing]) -> tuple[str, s
             "a single seed cannot say whether that is luck"
         )
     elif gap > noise:
-        headline = f"{first.name} wins on {task}"
-        text = (
-            f"{first.name} won with {said}, {apart} better than {second.name}, {role}, "
-            f"which is more than the seeds’ spread ({_difference(noise, places)})"
+        # Who beat the other side may still be level with a companion of its own.
+        level = [s.name for s in judged[1:] if s.complete and s.ours == first.ours and _level(first.metric, s.metric)]
+        headline = f"{_listed([first.name, *level])} {'lead' if level else 'wins'} on {task}"
+        text = f"{first.name} {'ended first' if level else 'won'} with {said}, "
+        text += f"level with {_listed(level)} within the seeds’ spread, but " if level else ""
+        text += (
+            f"{apart} better than {second.name}, {role}, "
+            f"which is more than the {'' if level else 'seeds’ '}spread ({_difference(noise, places)})"
         )
     else:
         headline = f"A tie on {task}"
@@ -312,6 +316,15 @@ def _noise(a: Spread, b: Spread) -> float | None:
     return None if a.std is None or b.std is None else math.hypot(a.std, b.std)
 
 
+def _listed(names: Sequence[str]) -> str:
+    return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
+
+
+def _level(a: Spread, b: Spread | None) -> bool:
+    noise = None if b is None else _noise(a, b)
+    return b is not None and noise is not None and abs(a.mean - b.mean) <= noise
+
+
 def _pace(results: dict[str, Any], ranked: Sequence[Standing]) -> str:
     # The clause on time to target; only those that always reached it compete, if there are such.
     if results["target"] is None:
@@ -333,16 +346,18 @@ def _pace(results: dict[str, Any], ranked: Sequence[Standing]) -> str:
     if most == 1 and any(s.reached and s.reached.mean < first.reached.mean for s in ranked):
         among = ", of those that got there in every seed"
     assert second.reached is not None
-    noise = _noise(first.reached, second.reached)
-    if noise is not None and second.reached.mean - first.reached.mean <= noise:
-        pair, times = f"{first.name} and {second.name}", f"{_mean(first.reached)} and {_mean(second.reached)} s"
-        return f"; {pair} were equally quick to {_goal(results)} within the spread ({times}){among}"
+    tied = _level(first.reached, second.reached)
+    front = [first, *([second] if tied else [])]
+    front += [s for s in quick[1:] if s is not second and s.ours == first.ours and _level(first.reached, s.reached)]
+    names, times = _listed([s.name for s in front]), f"{_listed([_mean(s.reached) for s in front])} s"
+    if tied:
+        return f"; {names} were equally quick to {_goal(results)} within the spread ({times}){among}"
     if first.ours == second.ours:
         role = "the next"
     else:
         role = "the quickest rival" if first.ours else "the quickest of quadric’s"
-    times = f"{_mean(first.reached)} s, against {_mean(second.reached)} s for {second.name}, {role}"
-    return f"; {first.name} was quickest to {_goal(results)} ({times}){among}"
+    times += f", against {_mean(second.reached)} s for {second.name}, {role}"
+    return f"; {names} {'were' if len(front) > 1 else 'was'} quickest to {_goal(results)} ({times}){among}"
 
 
 def _lost(ranked: Sequence[Standing]) -> list[str]:
@@ -620,7 +635,7 @@ def _raw(results: dict[str, Any], ranked: Sequence[Standing]) -> str:
     for s in ranked:
         words = ", ".join(f"{key}={value}" for key, value in s.hyperparameters.items())
         given += f"<dt>{_text(s.name)}</dt><dd><code>{_text(words)}</code></dd>"
-    return f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><dl>{given}</dl>"
+    return f"<div class=scroll><table class=small><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><dl>{given}</dl>"
 
 
 def _picture(pictures: dict[str, str], name: str, caption: str) -> str:
@@ -674,7 +689,8 @@ tbody th{font-weight:400}
 .ours th:first-child{font-weight:600}
 .best{font-weight:700;background:color-mix(in srgb,var(--ours-2) 14%,transparent)}
 .words{text-align:left;white-space:normal;min-width:9rem}
-.small{font-size:.85rem;width:auto}.small :is(th,td){padding:.4rem .5rem}.small th:first-child{padding-left:0}
+.small{font-size:.82rem;width:auto}.small :is(th,td){padding:.4rem .5rem}
+.small th:first-child{padding-left:0}.small thead th{white-space:normal}
 .tag{font-size:.72rem;font-weight:500;color:var(--muted);border:1px solid var(--grid);border-radius:1em;
   padding:.05em .6em;margin-left:.6em;vertical-align:.1em}
 .swatch{width:28px;height:8px;margin-right:.6rem;vertical-align:.08em;fill:none}
