@@ -635,7 +635,8 @@ def _raw(results: dict[str, Any], ranked: Sequence[Standing]) -> str:
     for s in ranked:
         words = ", ".join(f"{key}={value}" for key, value in s.hyperparameters.items())
         given += f"<dt>{_text(s.name)}</dt><dd><code>{_text(words)}</code></dd>"
-    return f"<div class=scroll><table class=small><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div><dl>{given}</dl>"
+    table = f"<table class=small><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    return f"<div class=scroll>{table}</div><dl>{given}</dl>"
 
 
 def _picture(pictures: dict[str, str], name: str, caption: str) -> str:
