@@ -21,9 +21,11 @@ SMALL = ("--examples", "300", "--epochs", "2")
 def quadric(tmp_path, monkeypatch, capsys):
     """The command line in this process: (status, what it said, what it complained)."""
     monkeypatch.chdir(tmp_path)
+    threads = torch.get_num_threads()
 
     def call(*words):
         status = run(words)
+        torch.set_num_threads(threads)
         captured = capsys.readouterr()
         return status, captured.out, captured.err
 
@@ -171,12 +173,20 @@ def test_tune_may_stand_alone(quadric, tmp_path):
     words = ("race", *SMALL, "--optimizers", "sgd", "--seeds", "1", "--model", "logistic", "--tune-epochs", "1")
     assert quadric(*words, "--out", "a", "--tune")[0] == 0
     grid = json.loads((tmp_path / "a" / "results.json").read_text())["tuning"]["grid"]
-    assert grid == [1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2, 3.2e-2, 1e-1, 3.2e-1, 1.0]
+    assert grid == [1e-5, 3.2e-5, 1e-4, 3.2e-4, 1e-3, 3.2e-3, 1e-2, 3.2e-2, 1e-1, 3.2e-1, 1.0]
     status, out, _ = quadric(*words, "--out", "b", "--tune", "2", "--lr-range", "0.01", "0.1")
     assert status == 0
     assert json.loads((tmp_path / "b" / "results.json").read_text())["tuning"]["grid"] == [0.01, 0.1]
     assert out.endswith("report: b/report.html\n")
     assert (tmp_path / "b" / "report.html").exists()
+
+
+def test_threads(quadric, tmp_path):
+    words = ("train", "--optimizer", "sgd", "--model", "logistic", *SMALL)
+    for given, threads in (((), 1), (("--threads", "2"), 2)):
+        assert quadric(*words, *given, "--out", str(threads))[0] == 0
+        results = json.loads((tmp_path / str(threads) / "results.json").read_text())
+        assert results["environment"]["threads"] == threads
 
 
 def test_other_tasks_from_the_command_line(quadric, tmp_path):

@@ -2,6 +2,7 @@ import io
 import json
 
 import pytest
+import torch
 from rich.console import Console
 
 from quadric.lab import race as racing
@@ -27,6 +28,7 @@ def small_race(**given):
         "tune_epochs": 1,
         "target": 50.0,
         "device": "cpu",
+        "threads": torch.get_num_threads(),
     }
     return Race(**{**defaults, **given})
 

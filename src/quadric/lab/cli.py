@@ -24,7 +24,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: --help and a mistyped option
     from quadric.lab.race import Race
     from quadric.lab.tasks import Task
 
-DEFAULT_RATES = 9  # learning rates of `--tune` without a number
+DEFAULT_RATES = 11  # learning rates of `--tune` without a number
 # typer carries its own copy of click since 0.2x; either way this is the parent of all complaints about options
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
@@ -73,6 +73,9 @@ Settings = Annotated[
 ]
 Target = Annotated[float | None, typer.Option(help="Test metric whose time is taken. [default: the task's]")]
 Device = Annotated[DeviceName, typer.Option(help="Where to train.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads. [default: 1 for digits and regression, else torch's choice]")
+]
 Out = Annotated[Path | None, typer.Option(help="Folder for everything written. [default: a new one under runs/]")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue what is in --out (or the newest of runs/).")]
 CheckpointSeconds = Annotated[float, typer.Option(min=0, help="Seconds between checkpoints of a run.")]
@@ -110,11 +113,12 @@ def race(
         int,
         typer.Option(min=0, metavar="[N]", help="Try N learning rates for each optimizer; 0: take each one's default."),
     ] = DEFAULT_RATES,
-    lr_range: Annotated[tuple[float, float], typer.Option(help="Ends of the grid of --tune.")] = (1e-4, 1.0),
+    lr_range: Annotated[tuple[float, float], typer.Option(help="Ends of the grid of --tune.")] = (1e-5, 1.0),
     tune_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of a trial. [default: as --epochs]")] = None,
     settings: Settings = None,
     target: Target = None,
     device: Device = DeviceName.auto,
+    threads: Threads = None,
     out: Out = None,
     resume: Resume = False,
     checkpoint_seconds: CheckpointSeconds = 30.0,
@@ -133,7 +137,7 @@ def race(
     from quadric.lab.display import Display
     from quadric.lab.optimizers import parse_settings
     from quadric.lab.race import Race, check_race, count_steps, log_grid, run_race
-    from quadric.lab.train import choose_device
+    from quadric.lab.train import choose_device, set_threads
 
     low, high = lr_range
     if not 0 < low <= high < math.inf:
@@ -164,10 +168,11 @@ def race(
         tune_epochs=tune_epochs or length,
         target=loaded.target if target is None else target,
         device=chosen,
+        threads=set_threads(threads or loaded.threads),
     )
     check_race(plan, loaded)
     folder = open_folder(out, "race", plan, resume, words=ctx.obj)
-    console = Console()
+    console = _console()
     display = Display(console, count_steps(plan, loaded))
     try:
         report = run_race(
@@ -200,6 +205,7 @@ def train(
     settings: Settings = None,
     target: Target = None,
     device: Device = DeviceName.auto,
+    threads: Threads = None,
     out: Out = None,
     resume: Resume = False,
     checkpoint_seconds: CheckpointSeconds = 30.0,
@@ -217,7 +223,7 @@ def train(
     from quadric.lab.display import Display
     from quadric.lab.optimizers import find_entrant, parse_settings
     from quadric.lab.race import Race, check_race, count_steps, run_single
-    from quadric.lab.train import choose_device
+    from quadric.lab.train import choose_device, set_threads
 
     find_entrant(optimizer)
     if lr is not None and not 0 < lr < math.inf:
@@ -243,10 +249,11 @@ def train(
         tune_epochs=0,
         target=loaded.target if target is None else target,
         device=chosen,
+        threads=set_threads(threads or loaded.threads),
     )
     check_race(plan, loaded)
     folder = open_folder(out, "train", plan, resume, words=ctx.obj)
-    console = Console()
+    console = _console()
     display = Display(console, count_steps(plan, loaded))
     try:
         run_single(
@@ -344,6 +351,11 @@ def _augmented(augment: bool, task: "Task") -> bool:
     if augment and task.kind != "image":
         raise LabError(f"--augment shifts images, and {task.name} has none; leave it out")
     return augment
+
+
+def _console() -> Console:
+    # A file or a pipe has no width of its own: wide enough for the table.
+    return Console(width=None if sys.stdout.isatty() else 100)
 
 
 def _interrupted(words: Sequence[str], folder: Path, out: Path | None) -> LabError:

@@ -164,7 +164,7 @@ ENTRANTS: dict[str, Entrant] = {
         {},
     ),
     "ginger-sampled": Entrant(
-        "Ginger (sampled labels)",
+        "Ginger (sampled)",
         True,
         quadric.Ginger,
         _of_parameters(quadric.Ginger),

@@ -46,6 +46,7 @@ class Race:
         tune_epochs: Epochs of a trial.
         target: Test metric whose time is taken, or None.
         device: "cpu" or "cuda".
+        threads: CPU threads; sums over more of them round differently.
     """
 
     task: str
@@ -63,6 +64,7 @@ class Race:
     tune_epochs: int
     target: float | None
     device: str
+    threads: int
 
     @property
     def tuning_seed(self) -> int:
@@ -242,7 +244,7 @@ def describe_race(
             "torch": torch.__version__,
             "python": platform.python_version(),
             "device": torch.cuda.get_device_name() if race.device == "cuda" else "cpu",
-            "threads": torch.get_num_threads(),
+            "threads": race.threads,
             "started": started,
         },
         "tuning": None

@@ -361,6 +361,17 @@ def choose_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
+def set_threads(wanted: int | None) -> int:
+    """Set how many CPU threads torch uses, and say how many those are.
+
+    Args:
+        wanted: How many; None keeps torch's choice.
+    """
+    if wanted is not None:
+        torch.set_num_threads(wanted)
+    return torch.get_num_threads()
+
+
 def make_reproducible(device: torch.device) -> None:
     """Ask for the same bits in every run; on the CPU torch gives them unasked.
 
