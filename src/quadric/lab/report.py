@@ -708,6 +708,8 @@ summary{cursor:pointer;margin-bottom:1rem}
 @media (max-width:34rem){dl{grid-template-columns:1fr;gap:0}dd{margin-bottom:.8rem}.tag{display:none}
   table{font-size:.85rem}.swatch{width:20px;margin-right:.35rem}th,td{padding:.5rem .45rem}}
 @media print{body{font-size:11px}main{padding:0;max-width:none}section{margin-top:2rem}.scroll{overflow:visible}
-  th,td{padding:.3rem .4rem}.plots{grid-template-columns:1fr 1fr}tr{break-inside:avoid}h2,.note{break-after:avoid}
+  th,td{padding:.3rem .4rem}.plots{grid-template-columns:1fr 1fr}tr,.note{break-inside:avoid}
+  h2,section>.note{break-after:avoid}
+  .small{font-size:.75rem}.small :is(th,td){padding:.25rem .3rem}.swatch{width:18px;margin-right:.3rem}
   details::details-content{content-visibility:visible;display:block;height:auto}}
 """
