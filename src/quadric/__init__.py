@@ -2,7 +2,20 @@
 
 from quadric.curvature import Curvature
 from quadric.matrix import BlockMean, Diagonal, LowRank, PSDMatrix
+from quadric.methods.ginger import Ginger, HeaviestDirections, sampled_loss
 from quadric.methods.mfac import MFAC, GradientWindow
 from quadric.optimizer import CurvatureOptimizer
 
-__all__ = ["MFAC", "BlockMean", "Curvature", "CurvatureOptimizer", "Diagonal", "GradientWindow", "LowRank", "PSDMatrix"]
+__all__ = [
+    "MFAC",
+    "BlockMean",
+    "Curvature",
+    "CurvatureOptimizer",
+    "Diagonal",
+    "Ginger",
+    "GradientWindow",
+    "HeaviestDirections",
+    "LowRank",
+    "PSDMatrix",
+    "sampled_loss",
+]

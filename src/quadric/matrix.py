@@ -165,11 +165,11 @@ class LowRank(PSDMatrix):
         if rows.ndim != 2 or not torch.isfinite(rows).all():
             raise ValueError(f"rows must be a finite (rank, dim) tensor, got {_shown(rows)}: stack vectors with vstack")
         tiles = Tiles.runs(rows.shape[1], block_size)
-        self._build(tiles.cut(tiles.pad(rows)).clone(memory_format=torch.contiguous_format), tiles, damping, weight=1.0)
+        self._build(tiles.cut(tiles.pad(rows)).clone(), tiles, damping, weight=1.0)
 
     @classmethod
     def of_tiles(cls, rows: Tensor, tiles: Tiles, damping: float, weight: float = 1.0) -> LowRank:
-        """The matrix ``damping·I + weight·rowsᵀ rows`` of rows stored as tiles, which are shared, not copied.
+        """The matrix ``damping·I + weight·rowsᵀ rows`` of rows already cut into tiles: shared, not copied.
 
         Args:
             rows: ``(tiles, rank, width)``. If they change afterwards, the next use of the matrix raises an error.

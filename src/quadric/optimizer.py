@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
@@ -26,6 +27,7 @@ class Block:
     Parameters are known by their place in the group, never by reference: a framework may swap them between two steps.
     """
 
+    group: int  # the place of its group
     number: int  # among the blocks of its group
     members: list[int]  # places in group["params"], in the order of their columns
     shapes: list[torch.Size]
@@ -149,10 +151,11 @@ class CurvatureOptimizer(Optimizer, ABC):
                 _refuse_odd(p)
                 fresh[p.device, torch.promote_types(p.dtype, torch.float32)].append(i)
         for members in fresh.values():
-            blocks.append(self._new_block(len(blocks), members, group))
+            blocks.append(self._new_block(place, len(blocks), members))
         return [block for block in blocks if any(group["params"][i].grad is not None for i in block.members)]
 
-    def _new_block(self, number: int, places: list[int], group: Group) -> Block:
+    def _new_block(self, place: int, number: int, places: list[int]) -> Block:
+        group = self.param_groups[place]
         params = [group["params"][i] for i in places]
         matrices = self.partition(params)
         curvature = self.curvature([[params[k] for k in matrix] for matrix in matrices], group)
@@ -165,7 +168,7 @@ class CurvatureOptimizer(Optimizer, ABC):
             start += pad
         dtype = torch.promote_types(params[0].dtype, torch.float32)
         flat = torch.zeros(curvature.tiles.length, dtype=dtype, device=params[0].device)
-        return Block(number, members, [group["params"][i].shape for i in members], spans, curvature, flat)
+        return Block(place, number, members, [group["params"][i].shape for i in members], spans, curvature, flat)
 
     def _gather(self, block: Block, grads: list[Tensor | None], out: Tensor) -> None:
         """Write gradients, zeros where there is none, into the columns of a flat tensor: one launch."""
@@ -184,10 +187,8 @@ class CurvatureOptimizer(Optimizer, ABC):
 
     def _refuse_non_finite(self, flats: list[tuple[Group, Block, Tensor]]) -> None:
         """Raise if any flat gradient is not finite, at the price of one dot product each and one synchronisation."""
-        if not flats:
-            return
-        squares = torch.stack([torch.dot(flat, flat).double().cpu() for _, _, flat in flats])
-        if bool(torch.isfinite(squares).all()):
+        squares = [torch.dot(flat, flat) for _, _, flat in flats]  # all of them launched before the first is waited for
+        if all(math.isfinite(square) for square in squares):
             return
         for group, block, flat in flats:
             for i, (start, stop) in zip(block.members, block.spans, strict=True):
@@ -225,7 +226,7 @@ class CurvatureOptimizer(Optimizer, ABC):
             if self.state.get(p):
                 held[int(self.state[p]["block"])].append(i)
         for number, places in sorted(held.items()):
-            block = self._new_block(number, places, group)
+            block = self._new_block(place, number, places)
             states = [self.state.pop(group["params"][i]) for i in block.members]
             block.step = int(states[0]["step"])
             shared = {k.removeprefix("shared_"): s.pop(k) for s in states for k in list(s) if k.startswith("shared_")}

@@ -104,27 +104,33 @@ class GradientWindow(Curvature):
         if not self.updates:
             self._make(self.dtype or observation.dtype, observation.device)
         row, sums = self.updates % self.window, torch.promote_types(observation.dtype, torch.float32)
-        old = self.rows[:, row, :, None].to(self.gram.dtype, copy=True) if self.by_column else None
+        old = self._column(row) if self.by_column else None
         self.rows[:, row] = self.tiles.cut(observation)
         self.updates += 1
         if old is not None:
-            new = self.rows[:, row, :, None].to(self.gram.dtype)
+            new = self._column(row)
             self.gram.baddbmm_(new, new.mT).baddbmm_(old, old.mT, alpha=-1)
         else:
             new = self.rows[:, row : row + 1].to(sums)  # as it was rounded, so that the Gram matrix is that of the rows
-            products = self.tiles.total(project(self.rows[:, : self.filled], new)).squeeze(1)
+            products = project(self.rows[:, : self.filled], new)
+            products = self.tiles.total(products).squeeze(1)
             self.gram[:, row, : self.filled] = products
             self.gram[:, : self.filled, row] = products
 
-    def solve_newest(self) -> Tensor:
+    def _column(self, row: int) -> Tensor:
+        """A row as one float64 column for each block, ``(blocks, width, 1)``."""
+        return self.rows[:, row, :, None].to(self.gram.dtype, copy=True)
+
+    def solve_newest(self, out: Tensor | None = None) -> Tensor:
         """``F⁻¹ g`` for the gradient g of the last update, ``(tiles.length,)``: one read of the window."""
         damping, n = self.damping_now(), self.filled
         sums = torch.promote_types(self.rows.dtype, torch.float32)
         if self.by_column:
-            gradient = self.rows[:, self.newest, :, None].to(self.gram.dtype) * n
-            return torch.cholesky_solve(gradient, cholesky(self.gram, n * damping)).to(sums).flatten()
+            factor = cholesky(self.gram, n * damping)
+            return torch.cholesky_solve(self._column(self.newest) * n, factor).to(sums).flatten()
         weights = newest_coefficients(self.gram[:, :n, :n], self.newest, damping)
-        return combine(self.tiles.spread(weights.to(sums)).unsqueeze(1), self.rows[:, :n]).flatten()
+        out = None if out is None else self.tiles.cut(out).unsqueeze(1)
+        return combine(self.tiles.spread(weights.to(sums)).unsqueeze(1), self.rows[:, :n], out).flatten()
 
     def matrix(self) -> LowRank:
         """The matrix of the window; it shares the rows, so it must be used before the next update."""
@@ -223,7 +229,7 @@ class MFAC(CurvatureOptimizer):
         window: GradientWindow = block.curvature  # type: ignore[assignment]
         window.damping = group["damping"]
         window.absorb(gradient)
-        direction = window.solve_newest()
+        direction = window.solve_newest(out=gradient)
         if not group["momentum"]:
             return direction
         buffer = block.buffer("momentum_buffer")
