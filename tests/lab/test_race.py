@@ -7,7 +7,7 @@ from rich.console import Console
 
 from quadric.lab import race as racing
 from quadric.lab.display import Display
-from quadric.lab.race import Race, check_race, count_steps, log_grid, run_race
+from quadric.lab.race import Race, Track, check_race, count_steps, log_grid, run_race
 from quadric.lab.tasks import load_task
 
 
@@ -41,7 +41,7 @@ def digits():
 def start(race, task, folder):
     out = io.StringIO()
     display = Display(Console(file=out, width=200), count_steps(race, task))
-    report = run_race(race, task, folder, display, command="quadric race", saving_seconds=30.0)
+    report = run_race(race, Track(task, folder, display), command="quadric race")
     return json.loads((folder / "results.json").read_text()), report, out.getvalue(), display
 
 
@@ -134,6 +134,19 @@ def test_ctrl_c_stops_between_steps_and_the_run_continues(tmp_path, digits, reco
             assert [r["test_loss"] for r in a["history"]] == [r["test_loss"] for r in b["history"]]
     assert whole["tuning"] is None
     assert whole["entrants"][1]["hyperparameters"]["lr"] == 0.01
+
+
+def test_a_trial_that_was_cut_continues_too(tmp_path, digits, monkeypatch):
+    race = small_race(optimizers=("adamw",), seeds=(0,), tune_epochs=2)
+    whole, *_ = start(race, digits, tmp_path / "whole")
+    real = Display.step
+    monkeypatch.setattr(Display, "step", lambda self, steps, state: real(self, steps, state) or steps == 7)
+    with pytest.raises(KeyboardInterrupt):
+        start(race, digits, tmp_path / "cut")
+    monkeypatch.undo()
+    assert [p.name for p in (tmp_path / "cut").rglob("*.pt")] == ["adamw-lr0.0001.checkpoint.pt"]
+    again, *_ = start(race, digits, tmp_path / "cut")
+    assert again["tuning"] == whole["tuning"]
 
 
 def test_what_diverges_is_recorded_and_loses(tmp_path, digits):

@@ -136,7 +136,7 @@ def race(
     """  # noqa: D301  (a real backspace: click's mark for "keep these lines")
     from quadric.lab.display import Display
     from quadric.lab.optimizers import parse_settings
-    from quadric.lab.race import Race, check_race, count_steps, log_grid, run_race
+    from quadric.lab.race import Race, Track, check_race, count_steps, log_grid, run_race
     from quadric.lab.train import choose_device, set_threads
 
     low, high = lr_range
@@ -173,11 +173,9 @@ def race(
     check_race(plan, loaded)
     folder = open_folder(out, "race", plan, resume, words=ctx.obj)
     console = _console()
-    display = Display(console, count_steps(plan, loaded))
+    track = Track(loaded, folder, Display(console, count_steps(plan, loaded)), checkpoint_seconds)
     try:
-        report = run_race(
-            plan, loaded, folder, display, command=shlex.join(["quadric", *ctx.obj]), saving_seconds=checkpoint_seconds
-        )
+        report = run_race(plan, track, command=shlex.join(["quadric", *ctx.obj]))
     except KeyboardInterrupt:
         raise _interrupted(ctx.obj, folder, out) from None
     console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
@@ -222,7 +220,7 @@ def train(
     """  # noqa: D301
     from quadric.lab.display import Display
     from quadric.lab.optimizers import find_entrant, parse_settings
-    from quadric.lab.race import Race, check_race, count_steps, run_single
+    from quadric.lab.race import Race, Track, check_race, count_steps, run_single
     from quadric.lab.train import choose_device, set_threads
 
     find_entrant(optimizer)
@@ -255,16 +253,9 @@ def train(
     folder = open_folder(out, "train", plan, resume, words=ctx.obj)
     console = _console()
     display = Display(console, count_steps(plan, loaded))
+    track = Track(loaded, folder, display, checkpoint_seconds, checkpoint_steps)
     try:
-        run_single(
-            plan,
-            loaded,
-            folder,
-            display,
-            command=shlex.join(["quadric", *ctx.obj]),
-            saving_seconds=checkpoint_seconds,
-            saving_steps=checkpoint_steps,
-        )
+        run_single(plan, track, command=shlex.join(["quadric", *ctx.obj]))
     except KeyboardInterrupt:
         raise _interrupted(ctx.obj, folder, out) from None
     console.print(f"saved: {folder}", markup=False, highlight=False, soft_wrap=True)

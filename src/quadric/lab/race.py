@@ -23,7 +23,7 @@ from quadric.lab.display import Display
 from quadric.lab.models import build_model
 from quadric.lab.optimizers import build_optimizer, find_entrant
 from quadric.lab.tasks import Task
-from quadric.lab.train import Plan, Progress, Saving, Watch, describe_run, train
+from quadric.lab.train import Plan, Progress, Saving, Watch, describe_run, save, train
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,33 @@ class Race:
         )
 
 
+@dataclass(frozen=True)
+class Track:
+    """Where a race runs.
+
+    Args:
+        task: Its task, with the examples that the race uses.
+        folder: Where its files are.
+        display: Where progress is shown.
+        saving_seconds: Seconds between checkpoints.
+        saving_steps: Steps between checkpoints; 0 leaves it to the time.
+    """
+
+    task: Task
+    folder: Path
+    display: Display
+    saving_seconds: float = 30.0
+    saving_steps: int = 0
+
+    def saving(self, name: str) -> Saving:
+        """Checkpoints of one run.
+
+        Args:
+            name: The file, in the folder.
+        """
+        return Saving(self.folder / name, self.saving_seconds, self.saving_steps)
+
+
 def log_grid(low: float, high: float, count: int) -> tuple[float, ...]:
     """Learning rates at equal ratios, rounded to two digits.
 
@@ -112,61 +139,54 @@ def log_grid(low: float, high: float, count: int) -> tuple[float, ...]:
     return tuple(float(f"{low * (high / low) ** (i / (count - 1)):.2g}") for i in range(count))
 
 
-def run_race(race: Race, task: Task, folder: Path, display: Display, *, command: str, saving_seconds: float) -> Path:
+def run_race(race: Race, track: Track, *, command: str) -> Path:
     """Tune, race, write results.json and the report; whatever is finished in the folder already is not repeated.
 
     Args:
         race: What to do.
-        task: Its task, with the examples that the race uses.
-        folder: Where its files are.
-        display: Where progress is shown.
+        track: Where.
         command: The command line, for the report.
-        saving_seconds: Seconds between checkpoints of a run.
 
     Returns:
         The path of the report.
     """
     started = time.strftime("%Y-%m-%d %H:%M")
-    with display.live():
-        trials = {
-            name: [_trial(race, task, name, lr, folder, display) for lr in race.rates] for name in race.optimizers
-        }
-        rates = {name: _chosen_rate(race, task, name, trials[name], display) for name in race.optimizers}
-        runs: dict[str, list[dict[str, Any]]] = {name: [] for name in race.optimizers}
+    trials: dict[str, list[dict[str, Any]]] = {}
+    rates: dict[str, float] = {}
+    runs: dict[str, list[dict[str, Any]]] = {name: [] for name in race.optimizers}
+    with track.display.live():
+        for name in race.optimizers:
+            trials[name] = [_trial(race, track, name, lr) for lr in race.rates]
+            rates[name] = _chosen_rate(race, track, name, trials[name])
         for seed in race.seeds:  # seeds outside: a machine that slows down meanwhile slows every optimizer
             for name in race.optimizers:
-                runs[name].append(_run(race, task, name, rates[name], seed, folder, display, saving_seconds))
+                runs[name].append(_run(race, track, name, rates[name], seed))
 
-    results = describe_race(race, task, rates, runs, trials, command=command, started=started)
-    write_json(folder / "results.json", results)
-    results = read_json(folder / "results.json")  # what a reader of the file sees: no NaN, lists for tuples
-    display.console.print(report.results_table(results))
-    return report.write_report(results, folder)
+    results = describe_race(race, track.task, rates, runs, trials, command=command, started=started)
+    write_json(track.folder / "results.json", results)
+    results = read_json(track.folder / "results.json")  # what a reader of the file sees: no NaN, lists for tuples
+    track.display.console.print(report.results_table(results))
+    return report.write_report(results, track.folder)
 
 
-def run_single(
-    race: Race, task: Task, folder: Path, display: Display, *, command: str, saving_seconds: float, saving_steps: int
-) -> None:
+def run_single(race: Race, track: Track, *, command: str) -> None:
     """A race of one: train, then keep the parameters, the checkpoint and a results.json.
 
     Args:
         race: One optimizer and one seed, nothing to tune.
-        task: Its task.
-        folder: Where its files are.
-        display: Where progress is shown.
+        track: Where.
         command: The command line.
-        saving_seconds: Seconds between checkpoints.
-        saving_steps: Steps between checkpoints; 0 leaves it to the time.
 
     Raises:
         LabError: When the run did not reach its end; everything is saved before.
     """
     started = time.strftime("%Y-%m-%d %H:%M")
+    task, display = track.task, track.display
     (name,), (seed,) = race.optimizers, race.seeds
-    lr = _chosen_rate(race, task, name, [], display)
+    lr = _chosen_rate(race, track, name, [])
     plan = race.plan(name, lr, seed, race.epochs)
     every = max(1, race.epochs // 20)  # a hundred epochs are twenty lines
-    watch_bars = _watcher(task, display)
+    show = _watcher(track)
     told = 0
 
     def watch(progress: Progress, loss: float) -> bool:
@@ -178,20 +198,19 @@ def run_single(
                 metric = format_metric(task, last["test_metric"])
                 losses = f"train loss {last['train_loss']:.4f}, test loss {last['test_loss']:.4f}"
                 display.say(f"epoch {told}/{race.epochs}: {losses}, {metric}, {last['seconds']:.1f} s")
-        return watch_bars(progress, loss)
+        return show(progress, loss)
 
-    saving = Saving(folder / "checkpoint.pt", saving_seconds, saving_steps)
-    scalars = folder / "tensorboard"
+    saving, scalars = track.saving("checkpoint.pt"), track.folder / "tensorboard"
     with display.live():
         display.begin(f"{name} on {task.name}", _steps(task, race.batch_size, race.epochs))
         outcome = train(plan, task, torch.device(race.device), saving=saving, tensorboard=scalars, watch=watch)
     progress, model, optimizer = outcome
+    save(saving.path, plan, progress, model, optimizer)
     tensors = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
-    write_atomically(folder / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
+    write_atomically(track.folder / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
     runs = {name: [describe_run(plan, progress, model, optimizer)]}
-    write_json(
-        folder / "results.json", describe_race(race, task, {name: lr}, runs, {}, command=command, started=started)
-    )
+    results = describe_race(race, task, {name: lr}, runs, {}, command=command, started=started)
+    write_json(track.folder / "results.json", results)
     if progress.diverged or progress.error is not None:
         raise LabError(f"{name}, seed {seed} {summary(task, progress)}; try a smaller --lr or --warmup", code=1)
     display.say(f"{name}, seed {seed}: {summary(task, progress)}")
@@ -299,69 +318,68 @@ def _steps(task: Task, batch_size: int, epochs: int) -> int:
     return epochs * (examples // min(batch_size, examples))
 
 
-def _trial(race: Race, task: Task, name: str, lr: float, folder: Path, display: Display) -> dict[str, Any]:
-    path = folder / "tuning" / f"{name}-lr{lr:g}.json"
-    task = task.for_tuning()
+def _trial(race: Race, track: Track, name: str, lr: float) -> dict[str, Any]:
+    path = track.folder / "tuning" / f"{name}-lr{lr:g}.json"
+    task = track.task.for_tuning()
     steps = _steps(task, race.batch_size, race.tune_epochs)
     if not path.exists():
         plan = race.plan(name, lr, race.tuning_seed, race.tune_epochs)
-        display.begin(f"tuning {name}, lr {lr:g}", steps)
-        progress, _, _ = train(plan, task, torch.device(race.device), watch=_watcher(task, display))
+        saving = track.saving(f"tuning/{name}-lr{lr:g}.checkpoint.pt")
+        track.display.begin(f"tuning {name}, lr {lr:g}", steps)
+        progress, _, _ = train(plan, task, torch.device(race.device), saving=saving, watch=_watcher(track))
         failed = progress.diverged or progress.error is not None or not progress.history
         last = {} if failed else progress.history[-1]
         trial = {"lr": lr, "loss": last.get("test_loss"), "metric": last.get("test_metric"), "diverged": failed}
         write_json(path, trial)
-    display.end(steps)
+        saving.path.unlink(missing_ok=True)
+    track.display.end(steps)
     return read_json(path)
 
 
-def _chosen_rate(race: Race, task: Task, name: str, trials: list[dict[str, Any]], display: Display) -> float:
+def _chosen_rate(race: Race, track: Track, name: str, trials: list[dict[str, Any]]) -> float:
     if not trials:
         return race.settings.get(name, {}).get("lr", find_entrant(name).lr)
     finished = [trial for trial in trials if trial["metric"] is not None and trial["loss"] is not None]
     if not finished:
-        display.say(f"tuning {name}: no rate of the grid trains; it races with the smallest, {race.rates[0]:g}")
+        track.display.say(f"tuning {name}: no rate of the grid trains; it races with the smallest, {race.rates[0]:g}")
         return race.rates[0]
-    sign = -1 if task.metric.higher_is_better else 1
+    sign = -1 if track.task.metric.higher_is_better else 1
     best = min(finished, key=lambda trial: (sign * trial["metric"], trial["loss"]))
-    edge = (
-        " (an end of the grid: a wider one may serve it better)"
-        if best["lr"] in (trials[0]["lr"], trials[-1]["lr"])
-        else ""
-    )
-    metric = format_metric(task, best["metric"])
-    display.say(f"tuning {name}: lr {best['lr']:g} of {len(trials)} tried, validation {metric}{edge}")
+    line = f"tuning {name}: lr {best['lr']:g} of {len(trials)} tried, validation "
+    line += format_metric(track.task, best["metric"])
+    if len(trials) > 1 and best["lr"] in (race.rates[0], race.rates[-1]):
+        line += " (an end of the grid: a wider --lr-range may serve it better)"
+    track.display.say(line)
     return best["lr"]
 
 
-def _run(
-    race: Race, task: Task, name: str, lr: float, seed: int, folder: Path, display: Display, saving_seconds: float
-) -> dict[str, Any]:
+def _run(race: Race, track: Track, name: str, lr: float, seed: int) -> dict[str, Any]:
     label = f"{name}-seed{seed}"
-    path = folder / "runs" / f"{label}.json"
-    steps = _steps(task, race.batch_size, race.epochs)
+    path = track.folder / "runs" / f"{label}.json"
+    steps = _steps(track.task, race.batch_size, race.epochs)
     if not path.exists():
-        saving = Saving(folder / "runs" / f"{label}.checkpoint.pt", saving_seconds)
-        display.begin(f"{name}, seed {seed}", steps)
+        plan = race.plan(name, lr, seed, race.epochs)
+        saving = track.saving(f"runs/{label}.checkpoint.pt")
+        track.display.begin(f"{name}, seed {seed}", steps)
         progress, model, optimizer = train(
-            race.plan(name, lr, seed, race.epochs),
-            task,
+            plan,
+            track.task,
             torch.device(race.device),
             saving=saving,
-            tensorboard=folder / "tensorboard" / label,
-            watch=_watcher(task, display),
+            tensorboard=track.folder / "tensorboard" / label,
+            watch=_watcher(track),
         )
-        write_json(path, describe_run(race.plan(name, lr, seed, race.epochs), progress, model, optimizer))
+        write_json(path, describe_run(plan, progress, model, optimizer))
         saving.path.unlink(missing_ok=True)
-        display.say(f"{name}, seed {seed}: {summary(task, progress)}")
-    display.end(steps)
+        track.display.say(f"{name}, seed {seed}: {summary(track.task, progress)}")
+    track.display.end(steps)
     return read_json(path)
 
 
-def _watcher(task: Task, display: Display) -> Watch:
+def _watcher(track: Track) -> Watch:
     def watch(progress: Progress, loss: float) -> bool:
-        metric = format_metric(task, progress.history[-1]["test_metric"]) if progress.history else ""
-        return display.step(progress.step, f"loss {loss:.3f}  {metric}")
+        metric = format_metric(track.task, progress.history[-1]["test_metric"]) if progress.history else ""
+        return track.display.step(progress.step, f"loss {loss:.3f}  {metric}")
 
     return watch
 

@@ -199,8 +199,6 @@ def train(
                 saved = time.monotonic()
         if stop:
             raise KeyboardInterrupt
-    if saving is not None:
-        save(saving.path, plan, progress, model, optimizer)
     return progress, model, optimizer
 
 
