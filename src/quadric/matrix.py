@@ -314,19 +314,39 @@ class Groups:
                 f"groups must be a vector with the group 0…L−1 of every coordinate, got {_shown(labels)}: "
                 "torch.arange(rows).repeat_interleave(columns) groups a matrix by its rows"
             )
-        self.sizes = torch.bincount(labels)
-        self.dim, self.count = len(labels), len(self.sizes)
-        if int(self.sizes.min()) == 0:
-            empty = int((self.sizes == 0).nonzero()[0])
-            raise ValueError(f"group {empty} of {self.count} has no member: number the groups without gaps")
-        by_size = torch.argsort(self.sizes, stable=True)
+        sizes = torch.bincount(labels)
+        if int(sizes.min()) == 0:
+            empty = int((sizes == 0).nonzero()[0])
+            raise ValueError(f"group {empty} of {len(sizes)} has no member: number the groups without gaps")
+        by_size = torch.argsort(sizes, stable=True)
         place = torch.argsort(by_size)  # of each group among the groups in order of size
         order = torch.argsort(place[labels], stable=True)
-        self._by_size = None if bool((by_size.diff() > 0).all()) else by_size
-        self._place = None if self._by_size is None else place
-        self._order = None if bool((order.diff() > 0).all()) else order
-        sizes, counts = torch.unique_consecutive(self.sizes[by_size], return_counts=True)
-        self._runs = list(zip(counts.tolist(), sizes.tolist(), strict=True))
+        sizes_in_order, counts = torch.unique_consecutive(sizes[by_size], return_counts=True)
+        self._set(list(zip(counts.tolist(), sizes_in_order.tolist(), strict=True)), labels.device)
+        self.sizes = sizes
+        if bool((by_size.diff() != 1).any()):
+            self._by_size, self._place = by_size, place
+        if bool((order.diff() != 1).any()):
+            self._order = order
+
+    @classmethod
+    def consecutive(cls, runs: list[tuple[int, int]], device: torch.device) -> Groups:
+        """Groups whose members lie side by side.
+
+        Args:
+            runs: how many groups of which size follow one another, ``(groups, size)``.
+            device: of the vectors to come.
+        """
+        self = cls.__new__(cls)
+        self._set(runs, device)
+        return self
+
+    def _set(self, runs: list[tuple[int, int]], device: torch.device) -> None:
+        self._runs = runs
+        counts, sizes = torch.tensor(runs, device=device).unbind(1)
+        self.sizes = sizes.repeat_interleave(counts)
+        self.dim, self.count = int(self.sizes.sum()), len(self.sizes)
+        self._order = self._by_size = self._place = None
 
     def sum(self, v: Tensor) -> Tensor:
         """Sums over each group, ``(..., dim)`` to ``(..., L)``."""
@@ -334,20 +354,34 @@ class Groups:
         sums = torch.cat([view.sum(-1) for view in self._views(v)], -1)
         return sums if self._place is None else sums[..., self._place]
 
-    def affine(self, v: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    def blend(
+        self, v: Tensor, within: Tensor, across: Tensor, *, sums: Tensor | None = None, out: Tensor | None = None
+    ) -> Tensor:
+        """``within ∘ (v − its group means) + Q across Qᵀ v``, the product of a function of a block mean matrix with v.
+
+        Args:
+            v: vectors, ``(..., dim)``.
+            within: the function of the spread inside each group, ``(L,)``.
+            across: the function of the coupling of the groups, ``(L, L)``, symmetric.
+            sums: of v over the groups, if known.
+            out: where to put the result; not v.
+        """
+        roots = self.sizes.to(across.dtype).sqrt()
+        u = (self.sum(v) if sums is None else sums).to(across.dtype) / roots
+        shift = (u @ across - within * u) / roots
+        return self.affine(v, within.to(v.dtype), shift.to(v.dtype), out)
+
+    def affine(self, v: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
         """``scale·v + shift`` with one scale and one shift for each group, ``(..., L)`` each."""
         if self._by_size is not None:
             scale, shift = scale[..., self._by_size], shift[..., self._by_size]
         ordered = v if self._order is None else v[..., self._order]
-        x = torch.empty_like(ordered)
+        x = torch.empty_like(ordered) if out is None or self._order is not None else out
         counts = [n for n, _ in self._runs]
-        for out, view, a, b in zip(
-            self._views(x), self._views(ordered), scale.split(counts, -1), shift.split(counts, -1), strict=True
-        ):
-            torch.addcmul(b.unsqueeze(-1), view, a.unsqueeze(-1), out=out)
-        if self._order is None:
-            return x
-        return torch.empty_like(v).index_copy_(-1, self._order, x)
+        parts = (self._views(x), self._views(ordered), scale.split(counts, -1), shift.split(counts, -1))
+        for target, view, a, b in zip(*parts, strict=True):
+            torch.addcmul(b.unsqueeze(-1), view, a.unsqueeze(-1), out=target)
+        return x if self._order is None else torch.empty_like(v).index_copy_(-1, self._order, x)
 
     def _views(self, v: Tensor) -> list[Tensor]:
         """The ordered coordinates as one ``(..., groups, size)`` view for each distinct size."""
@@ -375,6 +409,7 @@ class BlockMean(PSDMatrix):
         coupling: C, ``(L, L)``, positive semidefinite.
         traces: D, ``(L,)``.
         damping: δ, not negative.
+        dtype: type of the matrix, that of ``coupling`` by default; factors are in double precision.
 
     Raises:
         ValueError: if the shapes disagree, ``damping`` is negative, or a singular matrix is inverted.
@@ -388,7 +423,15 @@ class BlockMean(PSDMatrix):
                 [1., 2.]])
     """
 
-    def __init__(self, groups: Tensor | Groups, coupling: Tensor, traces: Tensor, damping: float = 0.0):
+    def __init__(
+        self,
+        groups: Tensor | Groups,
+        coupling: Tensor,
+        traces: Tensor,
+        damping: float = 0.0,
+        *,
+        dtype: torch.dtype | None = None,
+    ):
         self.groups = groups if isinstance(groups, Groups) else Groups(groups)
         count = self.groups.count
         if coupling.shape != (count, count) or traces.shape != (count,):
@@ -398,7 +441,7 @@ class BlockMean(PSDMatrix):
             )
         if not 0 <= damping < float("inf"):
             raise ValueError(f"damping must be finite and not negative, got {damping}: 1e-8 to 1e-2 are usual")
-        self.dim, self.dtype, self.device = self.groups.dim, coupling.dtype, coupling.device
+        self.dim, self.dtype, self.device = self.groups.dim, dtype or coupling.dtype, coupling.device
         self.damping = float(damping)
         double = wide(coupling)
         self._sizes = self.groups.sizes.to(double)
@@ -412,8 +455,15 @@ class BlockMean(PSDMatrix):
         values, vectors = torch.linalg.eigh(self._coupling)
         return values.clamp_min(0) + self.damping, vectors
 
-    def _parts(self, power: float) -> tuple[Tensor, Tensor]:
-        """``f(λ+δ)`` and ``f(C+δI)`` for the power f."""
+    def parts(self, power: float) -> tuple[Tensor, Tensor]:
+        """``f(λ+δ)``, ``(L,)``, and ``f(C+δI)``, ``(L, L)``, for the power f.
+
+        Args:
+            power: any real number.
+
+        Raises:
+            ValueError: if the power is negative and the matrix singular.
+        """
         if power < 0 and not float(self._within.min()) > 0:
             raise ValueError(f"power {power} of a singular matrix: give it a positive damping, it has {self.damping}")
         if power == 1:
@@ -426,14 +476,11 @@ class BlockMean(PSDMatrix):
         return self._within.pow(power), across
 
     def _apply(self, v: Tensor, power: float) -> Tensor:
-        within, across = self._parts(power)
-        x, root = v.to(wide(v)), self._sizes.sqrt()
-        u = self.groups.sum(x) / root
-        shift = (u @ across - within * u) / root
-        return self.groups.affine(x, within, shift).to(torch.promote_types(v.dtype, self.dtype))
+        x = self.groups.blend(v.to(wide(v)), *self.parts(power))
+        return x.to(torch.promote_types(v.dtype, self.dtype))
 
     def diagonal(self, power: float = 1.0) -> Tensor:  # noqa: D102
-        within, across = self._parts(power)
+        within, across = self.parts(power)
         value = within * (1 - 1 / self._sizes) + across.diagonal() / self._sizes
         return self.groups.affine(value.new_zeros(self.dim), within, value).to(self.dtype)
 

@@ -85,8 +85,8 @@ class CurvatureOptimizer(Optimizer, ABC):
         decay = group["weight_decay"]
         require(0 <= decay < float("inf"), "weight_decay", decay, "0 ≤ weight_decay < ∞", "0.0 turns it off")
 
-    def partition(self, params: list[Tensor]) -> list[list[int]]:
-        """Which parameters, by place, share a matrix; all of them by default."""
+    def partition(self, params: list[Tensor], group: Group) -> list[list[int]]:
+        """Which parameters, by place and in which order, share a matrix; all of them by default."""
         return [list(range(len(params)))]
 
     @abstractmethod
@@ -157,7 +157,7 @@ class CurvatureOptimizer(Optimizer, ABC):
     def _new_block(self, place: int, number: int, places: list[int]) -> Block:
         group = self.param_groups[place]
         params = [group["params"][i] for i in places]
-        matrices = self.partition(params)
+        matrices = self.partition(params, group)
         curvature = self.curvature([[params[k] for k in matrix] for matrix in matrices], group)
         members, spans, start = [], [], 0
         for matrix, pad in zip(matrices, curvature.tiles.pads, strict=True):

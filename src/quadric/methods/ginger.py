@@ -383,7 +383,7 @@ class Ginger(CurvatureOptimizer):
             self._observed.clear()
             self._observations = 0
 
-    def partition(self, params: list[Tensor]) -> list[list[int]]:  # noqa: D102
+    def partition(self, params: list[Tensor], group: dict[str, Any]) -> list[list[int]]:  # noqa: D102
         return [[i] for i in range(len(params))]
 
     def curvature(self, params: list[list[Tensor]], group: dict[str, Any]) -> HeaviestDirections:  # noqa: D102
