@@ -9,7 +9,6 @@ import json
 import math
 import os
 import pickle
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable
@@ -52,17 +51,15 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
     Raises:
         LabError: When the folder or the disk refuses; the file that was there before is untouched.
     """
-    draft = None
+    # The same folder: a rename across disks would be a copy, and a copy can be interrupted. Always the same name: a
+    # kill leaves at most one draft behind, which the next write takes over.
+    draft = path.with_name(f".{path.name}.draft")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        # The same folder: a rename across disks would be a copy, and a copy can be interrupted.
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        draft = Path(name)
-        with os.fdopen(handle, "wb") as file:
+        with draft.open("wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        draft.chmod(0o644)
         draft.replace(path)
     except (OSError, RuntimeError) as error:
         cause = _system_error(error)
@@ -70,7 +67,7 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
             raise
         raise refusal(path, cause) from error
     finally:
-        if draft is not None:
+        if path.parent.is_dir():
             draft.unlink(missing_ok=True)
 
 

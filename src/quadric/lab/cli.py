@@ -219,15 +219,14 @@ def train(
       quadric train --optimizer adamw --text book.txt --lr 0.003 --warmup 100
     """  # noqa: D301
     from quadric.lab.display import Display
-    from quadric.lab.optimizers import find_entrant, parse_settings
+    from quadric.lab.optimizers import check_rate, find_entrant, parse_settings
     from quadric.lab.race import Race, Track, check_race, count_steps, run_single
     from quadric.lab.train import choose_device, set_threads
 
     find_entrant(optimizer)
-    if lr is not None and not 0 < lr < math.inf:
-        raise LabError(f"--lr must be a positive number, not {lr:g}")
     overrides = parse_settings(settings or [], [optimizer])
     if lr is not None:
+        check_rate("--lr", lr)
         overrides[optimizer]["lr"] = lr
     chosen = choose_device(device.value).type
     loaded = _load(task, text, data_dir, examples)

@@ -2,6 +2,7 @@
 
 import ast
 import inspect
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -175,8 +176,8 @@ ENTRANTS: dict[str, Entrant] = {
     "block-mean-adagrad": Entrant(
         "Block mean AdaGrad",
         True,
-        getattr(quadric, "BlockMeanAdaGrad", torch.optim.SGD),
-        _of_parameters(getattr(quadric, "BlockMeanAdaGrad", torch.optim.SGD)),
+        quadric.BlockMeanAdaGrad,
+        _of_parameters(quadric.BlockMeanAdaGrad),
         1e-2,
         {},
     ),
@@ -196,6 +197,20 @@ def find_entrant(name: str) -> Entrant:
     if name not in ENTRANTS:
         raise LabError(f"there is no optimizer {name!r}; choose from {', '.join(ENTRANTS)}")
     return ENTRANTS[name]
+
+
+def check_rate(option: str, value: Any) -> None:
+    """A learning rate is a positive number.
+
+    Args:
+        option: Where it was given.
+        value: What was given.
+
+    Raises:
+        LabError: When it is not.
+    """
+    if not isinstance(value, (int, float)) or not 0 < value < math.inf:
+        raise LabError(f"{option} must be a positive number, not {value}")
 
 
 def parse_settings(texts: Iterable[str], names: Iterable[str]) -> dict[str, dict[str, Any]]:
@@ -227,6 +242,8 @@ def parse_settings(texts: Iterable[str], names: Iterable[str]) -> dict[str, dict
             settings[name][key] = ast.literal_eval(value)
         except (ValueError, SyntaxError):
             settings[name][key] = value  # a word, such as bfloat16
+        if key == "lr":
+            check_rate(f"--set {name}.lr", settings[name][key])
     return settings
 
 
