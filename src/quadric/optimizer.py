@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -46,6 +47,11 @@ class Block:
         """A flat tensor as one view for each member that has a gradient in this step."""
         columns = zip(self.spans, self.shapes, self.present, strict=True)
         return [tensor[start:stop].view(shape) for (start, stop), shape, present in columns if present]
+
+    @cached_property
+    def spare(self) -> Tensor:
+        """Memory as long as `flat` that a step may use and the next one overwrites."""
+        return torch.empty_like(self.flat)
 
     def buffer(self, name: str) -> Tensor:
         """The flat buffer of that name, zeros at first."""
@@ -160,7 +166,9 @@ class CurvatureOptimizer(Optimizer, ABC):
         matrices = self.partition(params, group)
         curvature = self.curvature([[params[k] for k in matrix] for matrix in matrices], group)
         members, spans, start = [], [], 0
-        for matrix, pad in zip(matrices, curvature.tiles.pads, strict=True):
+        # One matrix may be cut into blocks wherever it likes: the padding is behind the last of them.
+        pads = curvature.tiles.pads if len(matrices) > 1 else [0]
+        for matrix, pad in zip(matrices, pads, strict=True):
             for k in matrix:
                 members.append(places[k])
                 spans.append((start, start + params[k].numel()))
@@ -214,7 +222,7 @@ class CurvatureOptimizer(Optimizer, ABC):
                     state[params[i]] = {
                         "step": torch.tensor(float(block.step)),
                         "block": torch.tensor(block.number),
-                        **{name: value.reshape(*value.shape[:-1], *shape) for name, value in columns.items()},
+                        **{name: value.reshape((*value.shape[:-1], *shape)) for name, value in columns.items()},
                     }
                 state[params[block.members[0]]] |= {f"shared_{k}": v for k, v in block.curvature.shared().items()}
         return state

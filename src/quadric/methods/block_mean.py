@@ -120,7 +120,6 @@ class InverseRoot(BlockMeanSum):
 
     within: Tensor  # (L,)
     across: Tensor  # (L, L)
-    scratch: Tensor  # (dim,), memory that a step needs and the next one overwrites
 
     def __init__(self, groups: Groups, decay: float | None, damping: Schedule):
         super().__init__(groups, decay=decay, damping=damping)
@@ -226,20 +225,17 @@ class BlockMeanAdaGrad(CurvatureOptimizer):
         estimate: InverseRoot = block.curvature  # type: ignore[assignment]
         decay, step = group["decay"], block.step
         estimate.decay, estimate.damping = decay, group["damping"]
-        if not estimate.updates:
-            estimate.scratch = torch.empty_like(gradient)
-        out = estimate.scratch
         if group["whiten"]:
             moment = block.buffer("second_moment")
             live = block.live(gradient)
             if decay is not None:
                 _foreach_mul_(block.live(moment), decay)
             _foreach_addcmul_(block.live(moment), live, live, value=1.0 if decay is None else 1 - decay)
-            root = torch.sqrt(moment, out=out).add_(TINY)
+            root = torch.sqrt(moment, out=block.spare).add_(TINY)
             mean = step if decay is None else 1 - decay**step
             torch.addcdiv(gradient.new_zeros(()), gradient, root, value=mean**0.5, out=gradient)
             if decay is None:
                 estimate.damping = estimate.damping_now() * step
-        estimate.absorb(gradient, out)
+        estimate.absorb(gradient, block.spare)
         estimate.refresh(group["refresh_every"])
-        return estimate.groups.blend(gradient, estimate.within, estimate.across, sums=estimate.sums, out=out)
+        return estimate.groups.blend(gradient, estimate.within, estimate.across, sums=estimate.sums, out=block.spare)
