@@ -137,6 +137,10 @@ def test_folders_are_never_overwritten(quadric, tmp_path):
     assert status == 2
     assert "mine exists and is not a run's folder; choose another --out" in err
 
+    status, _, err = quadric(*words, "--out", "mine/thesis.tex/run")
+    assert (status, err.count("\n")) == (2, 1)
+    assert "cannot make the folder mine/thesis.tex/run (Not a directory); choose another --out" in err
+
     for name in ("train-digits-mlp", "train-digits-mlp-2"):
         assert quadric(*words)[0] == 0
         assert (tmp_path / "runs" / name / "results.json").exists()

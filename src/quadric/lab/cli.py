@@ -283,6 +283,10 @@ def open_folder(out: Path | None, kind: str, plan: "Race", resume: bool, words: 
             raise LabError(f"there is nothing to resume in {folder}; start it without --resume")
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise LabError(f"{folder} exists and is not a run's folder; choose another --out")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise LabError(f"cannot make the folder {folder} ({error.strerror}); choose another --out") from error
         write_json(file, {"arguments": list(words[1:]), **config})
         return folder
     before = read_json(file)

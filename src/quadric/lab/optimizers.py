@@ -178,7 +178,7 @@ ENTRANTS: dict[str, Entrant] = {
         True,
         quadric.BlockMeanAdaGrad,
         _of_parameters(quadric.BlockMeanAdaGrad),
-        1e-2,
+        3e-2,
         {},
     ),
 }
