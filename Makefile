@@ -1,0 +1,31 @@
+# All that a fresh machine with Python and make needs: `make race`, `make test`.
+PYTHON ?= python3
+BIN = .venv/bin
+
+.PHONY: race test lint bench clean
+
+race: .venv/installed
+	$(BIN)/quadric race $(ARGS)
+
+test: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pytest $(ARGS)
+
+lint: .venv/installed  # pyright brings its own Node.js program, from the npm registry
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+bench: .venv/installed
+	$(BIN)/python benchmarks/step_cost.py $(ARGS)
+
+# torch first and alone: with its pinned release installed, nothing else pulls another build of it.
+.venv/installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .ruff_cache .hypothesis
