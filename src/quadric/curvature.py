@@ -18,6 +18,18 @@ Schedule = float | Callable[[int], float]
 """A number, or a function from the number of updates so far to a number."""
 
 
+def damping_at(damping: Schedule, updates: int) -> float:
+    """λ after so many updates.
+
+    Raises:
+        ValueError: if it is not a positive finite number.
+    """
+    value = float(damping(updates) if callable(damping) else damping)
+    if not 0 < value < float("inf"):
+        raise ValueError(f"damping must be positive and finite, got {value}: 1e-5 to 1e-2 are usual")
+    return value
+
+
 class Curvature(nn.Module, ABC):
     """A belief about a damped curvature matrix over ``dim`` coordinates; its tensors are buffers.
 
@@ -44,15 +56,8 @@ class Curvature(nn.Module, ABC):
         self.damping_now()
 
     def damping_now(self) -> float:
-        """λ at the present number of updates.
-
-        Raises:
-            ValueError: if it is not a positive finite number.
-        """
-        value = float(self.damping(self.updates) if callable(self.damping) else self.damping)
-        if not 0 < value < float("inf"):
-            raise ValueError(f"damping must be positive and finite, got {value}: 1e-5 to 1e-2 are usual")
-        return value
+        """λ at the present number of updates."""
+        return damping_at(self.damping, self.updates)
 
     @torch.no_grad()
     def update(self, observation: Tensor) -> None:
@@ -78,6 +83,10 @@ class Curvature(nn.Module, ABC):
     @abstractmethod
     def absorb(self, observation: Tensor) -> None:
         """:meth:`update` for an observation already padded, ``(tiles.length,)``, and known to be finite."""
+
+    def inbox(self, flat: Tensor) -> Tensor:
+        """Where the next padded observation had best be written: ``flat``, or memory of its size that saves a copy."""
+        return flat
 
     @abstractmethod
     def matrix(self) -> PSDMatrix:

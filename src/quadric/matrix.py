@@ -9,7 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from quadric.tiles import Tiles, combine, project, slabs, wide
+from quadric.tiles import Tiles, combine, project, slab_tiles, slabs, wide
 
 __all__ = ["BlockMean", "Diagonal", "Groups", "LowRank", "PSDMatrix"]
 
@@ -212,7 +212,7 @@ class LowRank(PSDMatrix):
     @cached_property
     def _small(self) -> Tensor:
         """``weight·R Rᵀ`` of each block or, where that is smaller, ``weight·Rᵀ R``."""
-        parts = [slab.mT @ slab if self._inner else slab @ slab.mT for _, slab in slabs(self._rows, wide(self._rows))]
+        parts = [slab.mT @ slab if self._inner else slab @ slab.mT for slab in slabs(self._rows, wide(self._rows))]
         return self.weight * self._tiles.total(torch.cat(parts))
 
     @cached_property
@@ -278,12 +278,11 @@ class LowRank(PSDMatrix):
 
     def _column_squares(self, mixing: Tensor | None) -> Tensor:
         """The squared lengths of the columns of ``mixing @ R``, ``(tiles, width)``."""
-        mixing = None if mixing is None else self._tiles.spread(mixing)
-        parts = [
-            (slab if mixing is None else mixing[part] @ slab).square().sum(1)
-            for part, slab in slabs(self._rows, wide(self._rows))
-        ]
-        return torch.cat(parts)
+        converted = slabs(self._rows, wide(self._rows))
+        if mixing is None:
+            return torch.cat([slab.square().sum(1) for slab in converted])
+        mixings = self._tiles.spread(mixing).split(slab_tiles(self._rows))
+        return torch.cat([(m @ slab).square().sum(1) for m, slab in zip(mixings, converted, strict=True)])
 
     def logdet(self) -> Tensor:  # noqa: D102
         factors = 2 * self._factor.diagonal(dim1=1, dim2=2).abs().log().sum()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, _foreach_add_, _foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
 from torch.optim import Optimizer
 
-from quadric.curvature import Curvature
+from quadric.curvature import Curvature, damping_at
 
 __all__ = ["Block", "CurvatureOptimizer", "require"]
 
@@ -34,7 +34,8 @@ class Block:
     shapes: list[torch.Size]
     spans: list[tuple[int, int]]  # the columns of each member
     curvature: Curvature
-    flat: Tensor  # (curvature.tiles.length,): the gradients of a step, then its direction
+    flat: Tensor  # (curvature.tiles.length,): the gradients of a step, or its direction
+    gradient: Tensor  # the gradients of a step, wherever the curvature wanted them
     buffers: dict[str, Tensor] = field(default_factory=dict)  # what else a method keeps, each as long as `flat`
     step: int = 0
     present: list[bool] = field(default_factory=list)  # which members have a gradient in this step
@@ -72,10 +73,6 @@ class CurvatureOptimizer(Optimizer, ABC):
         params: parameters or parameter groups.
         defaults: default hyper-parameters of a group.
     """
-
-    def __init__(self, params: Any, defaults: Group):
-        self._forget()
-        super().__init__(params, defaults)
 
     def _forget(self) -> None:
         """Drop everything that is rebuilt from the per-parameter state."""
@@ -116,6 +113,7 @@ class CurvatureOptimizer(Optimizer, ABC):
 
         Raises:
             RuntimeError: if a gradient is sparse, complex, of the wrong shape or not finite; nothing is changed then.
+            ValueError: if a schedule gives a damping that is not positive; nothing is changed then.
         """
         loss = None
         if closure is not None:
@@ -129,13 +127,16 @@ class CurvatureOptimizer(Optimizer, ABC):
         for group, block in work:
             grads = [group["params"][i].grad for i in block.members]
             block.present = [grad is not None for grad in grads]
-            self._gather(block, grads, block.flat)
-        self._refuse_non_finite([(group, block, block.flat) for group, block in work])
+            block.gradient = block.curvature.inbox(block.flat)
+            self._gather(block, grads, block.gradient)
+            if "damping" in group:  # a schedule that turns bad must not do so half-way through the step
+                damping_at(group["damping"], block.curvature.updates + 1)
+        self._refuse_non_finite(work)
         for group, block in work:
             if group["maximize"]:
-                block.flat.neg_()
+                block.gradient.neg_()
             block.step += 1
-            direction = self.direction(block, block.flat, group)
+            direction = self.direction(block, block.gradient, group)
             params = [group["params"][i] for i, present in zip(block.members, block.present, strict=True) if present]
             lr = float(group["lr"])
             if group["weight_decay"]:
@@ -148,13 +149,15 @@ class CurvatureOptimizer(Optimizer, ABC):
     def _active_blocks(self, place: int, group: Group) -> list[Block]:
         """The blocks of a group in which some member has a gradient; members seen for the first time make new ones."""
         blocks = self._blocks[place]
+        blocks[:] = [block for block in blocks if block.step]  # others were made by a step that was refused
         if not blocks:
             self._restore(place, group)
         known = {i for block in blocks for i in block.members}
         fresh: dict[tuple, list[int]] = defaultdict(list)
         for i, p in enumerate(group["params"]):
             if p.grad is not None and p.numel() and i not in known:
-                _refuse_odd(p)
+                if p.is_complex():
+                    raise RuntimeError(f"complex parameter {i} of shape {tuple(p.shape)}: use torch.view_as_real")
                 fresh[p.device, torch.promote_types(p.dtype, torch.float32)].append(i)
         for members in fresh.values():
             blocks.append(self._new_block(place, len(blocks), members))
@@ -176,13 +179,15 @@ class CurvatureOptimizer(Optimizer, ABC):
             start += pad
         dtype = torch.promote_types(params[0].dtype, torch.float32)
         flat = torch.zeros(curvature.tiles.length, dtype=dtype, device=params[0].device)
-        return Block(place, number, members, [group["params"][i].shape for i in members], spans, curvature, flat)
+        return Block(place, number, members, [group["params"][i].shape for i in members], spans, curvature, flat, flat)
 
     def _gather(self, block: Block, grads: list[Tensor | None], out: Tensor) -> None:
         """Write gradients, zeros where there is none, into the columns of a flat tensor: one launch."""
         zero = out.new_zeros(())
         pieces, at = [], 0
         for grad, shape, (start, stop) in zip(grads, block.shapes, block.spans, strict=True):
+            if grad is not None and grad.layout != torch.strided:
+                raise RuntimeError(f"{grad.layout} gradients are not supported: make the layer with sparse=False")
             if grad is not None and grad.shape != shape:
                 raise RuntimeError(
                     f"a gradient of shape {tuple(grad.shape)} for a parameter that had {tuple(shape)} before: "
@@ -193,14 +198,15 @@ class CurvatureOptimizer(Optimizer, ABC):
             at = stop
         torch.cat([*pieces, zero.expand(len(out) - at)], out=out)
 
-    def _refuse_non_finite(self, flats: list[tuple[Group, Block, Tensor]]) -> None:
+    def _refuse_non_finite(self, work: list[tuple[Group, Block]]) -> None:
         """Raise if any flat gradient is not finite, at the price of one dot product each and one synchronisation."""
-        squares = [torch.dot(flat, flat) for _, _, flat in flats]  # all of them launched before the first is waited for
+        # All of them are launched before the first is waited for.
+        squares = [torch.dot(block.gradient, block.gradient) for _, block in work]
         if all(math.isfinite(square) for square in squares):
             return
-        for group, block, flat in flats:
+        for group, block in work:
             for i, (start, stop) in zip(block.members, block.spans, strict=True):
-                part = flat[start:stop]
+                part = block.gradient[start:stop]
                 if not bool(torch.isfinite(torch.dot(part, part))):
                     finite = part.isfinite()
                     worst = part.abs().max() if bool(finite.all()) else part[~finite][0]
@@ -211,11 +217,13 @@ class CurvatureOptimizer(Optimizer, ABC):
 
     # State: flat while it runs, per parameter for everyone else.
 
-    def _per_parameter_state(self) -> defaultdict[Tensor, dict[str, Tensor]]:
-        state = defaultdict(dict, self.state)
+    @property
+    def state(self) -> defaultdict[Tensor, dict[str, Tensor]]:  # pyright: ignore[reportIncompatibleVariableOverride]
+        """What is kept of each parameter: a copy, made whenever somebody looks."""
+        state = defaultdict(dict, self._loaded)
         for place, blocks in self._blocks.items():
             params = self.param_groups[place]["params"]
-            for block in blocks:
+            for block in (block for block in blocks if block.step):
                 for i, shape, (start, stop) in zip(block.members, block.shapes, block.spans, strict=True):
                     columns = block.curvature.columns(start, stop)
                     columns |= {name: buffer[start:stop].clone() for name, buffer in block.buffers.items()}
@@ -227,15 +235,20 @@ class CurvatureOptimizer(Optimizer, ABC):
                 state[params[block.members[0]]] |= {f"shared_{k}": v for k, v in block.curvature.shared().items()}
         return state
 
+    @state.setter
+    def state(self, state: dict[Tensor, dict[str, Tensor]]) -> None:
+        self._forget()
+        self._loaded = state  # until the next step
+
     def _restore(self, place: int, group: Group) -> None:
         """Rebuild the blocks of a group from the per-parameter state, which is given up."""
         held: dict[int, list[int]] = defaultdict(list)
         for i, p in enumerate(group["params"]):
-            if self.state.get(p):
-                held[int(self.state[p]["block"])].append(i)
+            if self._loaded.get(p):
+                held[int(self._loaded[p]["block"])].append(i)
         for number, places in sorted(held.items()):
             block = self._new_block(place, number, places)
-            states = [self.state.pop(group["params"][i]) for i in block.members]
+            states = [self._loaded.pop(group["params"][i]) for i in block.members]
             block.step = int(states[0]["step"])
             shared = {k.removeprefix("shared_"): s.pop(k) for s in states for k in list(s) if k.startswith("shared_")}
             columns = {
@@ -253,28 +266,67 @@ class CurvatureOptimizer(Optimizer, ABC):
             self._blocks[place].append(block)
 
     def state_dict(self) -> dict[str, Any]:  # noqa: D102
-        held, self.state = self.state, self._per_parameter_state()
+        def without_schedules(_: Optimizer, state: dict[str, Any]) -> None:  # functions do not belong in a file
+            for group in state["param_groups"]:
+                for name in [name for name, value in group.items() if callable(value)]:
+                    del group[name]
+
+        hook = self.register_state_dict_post_hook(without_schedules, prepend=True)
         try:
             return super().state_dict()
         finally:
-            self.state = held
+            hook.remove()
 
-    def load_state_dict(self, state_dict: dict[str, Any]) -> None:  # noqa: D102
-        super().load_state_dict(state_dict)
-        # torch has cast the state to the type of each parameter: take it once more as it was, so that the curvature of
-        # bfloat16 parameters stays in float32.
-        for saved, group in zip(state_dict["param_groups"], self.param_groups, strict=True):
-            for key, p in zip(saved["params"], group["params"], strict=True):
-                if key in state_dict["state"]:
-                    self.state[p] = {k: v.to(p.device) for k, v in state_dict["state"][key].items()}
-        self._forget()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a state, and the hyper-parameters that come with it.
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {**super().__getstate__(), "state": self._per_parameter_state()}
+        Args:
+            state_dict: what :meth:`state_dict` gave. A schedule is not part of it: the present one stays.
+
+        Raises:
+            ValueError: if it is the state of another optimizer; nothing is changed then.
+        """
+        given: dict[str, Any] = {}
+
+        def before(_: Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+            groups = [
+                {k: v for k, v in group.items() if callable(v)} | saved
+                for saved, group in zip(state["param_groups"], self.param_groups, strict=False)
+            ] + state["param_groups"][len(self.param_groups) :]
+            missing = sorted({name for saved in groups for name in self.defaults.keys() - saved.keys()})
+            if missing:
+                raise ValueError(
+                    f"the state_dict has no {', '.join(missing)}: load the state of a {type(self).__name__} optimizer"
+                )
+            given.update(state, param_groups=groups)
+            return given
+
+        def after(_: Optimizer) -> None:
+            # torch has cast the state to the type of each parameter: take it once more as it was, so that the curvature
+            # of bfloat16 parameters stays in float32.
+            keys = [key for saved in given["param_groups"] for key in saved["params"]]
+            params = [p for group in self.param_groups for p in group["params"]]
+            self.state = {
+                p: {k: v.to(p.device) for k, v in given["state"][key].items()}
+                for key, p in zip(keys, params, strict=True)
+                if key in given["state"]
+            }
+            for place, group in enumerate(self.param_groups):
+                self._restore(place, group)
+
+        hooks = [
+            self.register_load_state_dict_pre_hook(before),  # after those of the user, who may change what is loaded
+            self.register_load_state_dict_post_hook(after, prepend=True),
+        ]
+        try:
+            super().load_state_dict(state_dict)
+        finally:
+            for hook in hooks:
+                hook.remove()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._forget()
+        super().__setstate__({name: value for name, value in state.items() if name != "state"})
+        self.state = state["state"]
 
 
 def require(valid: bool, name: str, value: Any, condition: str, remedy: str) -> None:
@@ -285,10 +337,3 @@ def require(valid: bool, name: str, value: Any, condition: str, remedy: str) -> 
     """
     if not valid:
         raise ValueError(f"{name} must satisfy {condition}, got {value}: {remedy}")
-
-
-def _refuse_odd(p: Tensor) -> None:
-    if p.is_complex():
-        raise RuntimeError(f"complex parameters (shape {tuple(p.shape)}) are not supported: use torch.view_as_real")
-    if p.grad is not None and p.grad.layout != torch.strided:
-        raise RuntimeError(f"{p.grad.layout} gradients are not supported: make the layer with sparse=False")

@@ -125,11 +125,12 @@ def wide(tensor: Tensor) -> torch.dtype:
 
 def project(rows: Tensor, v: Tensor) -> Tensor:
     """Inner products ``v rowsᵀ`` tile by tile, ``(tiles, k, width)`` with ``(tiles, rows, width)``, in v's type."""
+    out = v.new_empty(*v.shape[:2], rows.shape[1])  # autocast leaves a product alone that is told where to go
     if rows.dtype == v.dtype:
-        return torch.bmm(v, rows.mT)
-    out = v.new_empty(*v.shape[:2], rows.shape[1])
-    for part, slab in slabs(rows, v.dtype):
-        torch.bmm(v[part], slab.mT, out=out[part])
+        return torch.bmm(v, rows.mT, out=out)
+    step = slab_tiles(rows)
+    for slab, v_of_slab, target in zip(slabs(rows, v.dtype), v.split(step), out.split(step), strict=True):
+        torch.bmm(v_of_slab, slab.mT, out=target)
     return out
 
 
@@ -139,33 +140,33 @@ def combine(coefficients: Tensor, rows: Tensor, out: Tensor | None = None) -> Te
         out = coefficients.new_empty(*coefficients.shape[:2], rows.shape[2])
     if rows.dtype == coefficients.dtype:
         return torch.bmm(coefficients, rows, out=out)
-    for part, slab in slabs(rows, coefficients.dtype):
-        torch.bmm(coefficients[part], slab, out=out[part])
+    step = slab_tiles(rows)
+    parts = zip(slabs(rows, coefficients.dtype), coefficients.split(step), out.split(step), strict=True)
+    for slab, coefficients_of_slab, target in parts:
+        torch.bmm(coefficients_of_slab, slab, out=target)
     return out
 
 
 def remix_(rows: Tensor, coefficients: Tensor) -> None:
     """Replace the first k rows of every tile by ``coefficients @ rows``, ``(tiles, k, rows)``, in place."""
-    kept = coefficients.shape[1]
-    for part in _parts(rows):  # bounds the copy that the old rows are still needed for
-        rows[part, :kept] = torch.bmm(coefficients[part], rows[part])
+    step, kept = slab_tiles(rows), coefficients.shape[1]
+    for part, coefficients_of_part in zip(rows.split(step), coefficients.split(step), strict=True):
+        part[:, :kept] = torch.bmm(coefficients_of_part, part)
 
 
-def slabs(rows: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Consecutive tiles of ``rows`` in another type, a cacheful at a time: bounded memory, one read of ``rows``."""
-    parts = _parts(rows)
-    longest = max((part.stop - part.start for part in parts), default=0)
+def slabs(rows: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Consecutive tiles of ``rows`` in another type, :func:`slab_tiles` at a time; each overwrites the one before."""
+    step = min(slab_tiles(rows), len(rows))
     empty = _scratch.empty if rows.device.type == "cpu" else rows.new_empty
-    scratch = empty(longest * rows.shape[1] * rows.shape[2], dtype=dtype).view(longest, *rows.shape[1:])
-    for part in parts:
-        yield part, scratch[: part.stop - part.start].copy_(rows[part])
+    scratch = empty(step * rows.shape[1] * rows.shape[2], dtype=dtype).view(step, *rows.shape[1:])
+    for part in rows.split(step):
+        yield (scratch if len(part) == step else scratch[: len(part)]).copy_(part)
 
 
-def _parts(rows: Tensor) -> list[slice]:
-    """Consecutive tiles, a cacheful at a time."""
+def slab_tiles(rows: Tensor) -> int:
+    """How many tiles are worked on at a time: a cacheful, which also bounds the memory for a copy of them."""
     elements = 2**21 if rows.device.type == "cpu" else 2**26
-    step = max(1, elements // max(1, rows.shape[1] * rows.shape[2]))
-    return [slice(start, min(start + step, len(rows))) for start in range(0, len(rows), step)]
+    return max(1, elements // max(1, rows.shape[1] * rows.shape[2]))
 
 
 class _Scratch(threading.local):
@@ -176,7 +177,8 @@ class _Scratch(threading.local):
 
     def empty(self, size: int, dtype: torch.dtype) -> Tensor:
         if dtype not in self.kept or len(self.kept[dtype]) < size:
-            self.kept[dtype] = torch.empty(size, dtype=dtype)
+            with torch.inference_mode(False):  # such tensors could not be written to outside of it
+                self.kept[dtype] = torch.empty(size, dtype=dtype, device="cpu")
         return self.kept[dtype][:size]
 
 

@@ -42,9 +42,8 @@ def decay_and_truncate(mixing: Tensor, gram: Tensor, slot: int, decay: Tensor) -
         slot: where d is.
         decay: α, ``(blocks, 1, 1)``.
     """
-    newest = torch.zeros_like(mixing[:, :1])
-    newest[:, :, slot] = 1
-    rows = torch.cat([decay.sqrt() * mixing, (1 - decay).sqrt() * newest], 1)
+    rows = F.pad(decay.sqrt() * mixing, (0, 0, 0, 1))
+    rows[:, -1, slot] = (1 - decay).sqrt().flatten()
     vectors = torch.linalg.eigh(rows @ gram @ rows.mT).eigenvectors  # ascending: the lightest comes first
     return vectors[:, :, 1:].mT @ rows
 
@@ -118,6 +117,14 @@ class HeaviestDirections(Curvature):
         self.weight = torch.zeros(blocks, 1, 1, **small)
         self.lengths = torch.tensor(self.tiles.sizes, device=device).view(-1, 1, 1)
 
+    def inbox(self, flat: Tensor) -> Tensor:
+        """The next free slot, ``(tiles.length,)``."""
+        if not self.slots.numel():
+            self._make(torch.promote_types(flat.dtype, torch.float32), flat.device)
+        if self.filled == self.capacity:
+            self._compress()
+        return self.slots[self.filled]
+
     def absorb(self, observation: Tensor, present: Tensor | None = None) -> None:
         """Learn from a padded observation.
 
@@ -170,12 +177,10 @@ class HeaviestDirections(Curvature):
 
     def _store(self, vector: Tensor) -> int:
         """Put a padded vector into a free slot, with its inner products; return the slot."""
-        if not self.slots.numel():
-            self._make(torch.promote_types(vector.dtype, torch.float32), vector.device)
-        if self.filled == self.capacity:
-            self._compress()
+        free = self.inbox(vector)
+        if vector.data_ptr() != free.data_ptr():
+            free.copy_(vector)
         slot, self.filled = self.filled, self.filled + 1
-        self.slots[slot] = vector
         newest = self.tiles.cut(self.slots[slot : slot + 1])
         products = self.tiles.total(project(self.tiles.cut(self.slots[: self.filled]), newest))
         self.gram[:, slot, : self.filled] = products.squeeze(1)
@@ -398,10 +403,10 @@ class Ginger(CurvatureOptimizer):
         if self._observations:
             observed = torch.empty_like(gradient)
             self._gather(block, [self._observed.get((block.group, i)) for i in block.members], observed)
+            estimate.track(gradient, beta, present)  # first: it lies in the slot that the next vector would take
             estimate.absorb(observed.div_(self._observations**0.5), present)
-            estimate.track(gradient, beta, present)
         else:
             estimate.absorb(gradient, present)
             estimate.track(None, beta, present)
-        direction = estimate.solve_average(out=gradient)
+        direction = estimate.solve_average(out=block.flat)
         return direction if group["clip"] is None else direction.clamp_(-group["clip"], group["clip"])
