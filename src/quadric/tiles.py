@@ -150,15 +150,15 @@ def combine(coefficients: Tensor, rows: Tensor, out: Tensor | None = None) -> Te
 def remix_(rows: Tensor, coefficients: Tensor) -> None:
     """Replace the first k rows of every tile by ``coefficients @ rows``, ``(tiles, k, rows)``, in place."""
     step, kept = slab_tiles(rows), coefficients.shape[1]
+    mixed = _scratch(rows, rows.dtype, min(step, len(rows)), kept)
     for part, coefficients_of_part in zip(rows.split(step), coefficients.split(step), strict=True):
-        part[:, :kept] = torch.bmm(coefficients_of_part, part)
+        part[:, :kept] = torch.bmm(coefficients_of_part, part, out=mixed[: len(part)])
 
 
 def slabs(rows: Tensor, dtype: torch.dtype) -> Iterator[Tensor]:
     """Consecutive tiles of ``rows`` in another type, :func:`slab_tiles` at a time; each overwrites the one before."""
     step = min(slab_tiles(rows), len(rows))
-    empty = _scratch.empty if rows.device.type == "cpu" else rows.new_empty
-    scratch = empty(step * rows.shape[1] * rows.shape[2], dtype=dtype).view(step, *rows.shape[1:])
+    scratch = _scratch(rows, dtype, step, rows.shape[1])
     for part in rows.split(step):
         yield (scratch if len(part) == step else scratch[: len(part)]).copy_(part)
 
@@ -169,17 +169,22 @@ def slab_tiles(rows: Tensor) -> int:
     return max(1, elements // max(1, rows.shape[1] * rows.shape[2]))
 
 
-class _Scratch(threading.local):
-    """Memory for slabs, kept: fresh pages from the system cost as much as all the work done in them."""
+class _Kept(threading.local):
+    """Memory on the CPU that is kept: fresh pages from the system cost as much as all the work done in them."""
 
     def __init__(self) -> None:
-        self.kept: dict[torch.dtype, Tensor] = {}
-
-    def empty(self, size: int, dtype: torch.dtype) -> Tensor:
-        if dtype not in self.kept or len(self.kept[dtype]) < size:
-            with torch.inference_mode(False):  # such tensors could not be written to outside of it
-                self.kept[dtype] = torch.empty(size, dtype=dtype, device="cpu")
-        return self.kept[dtype][:size]
+        self.by_type: dict[torch.dtype, Tensor] = {}
 
 
-_scratch = _Scratch()
+_kept = _Kept()
+
+
+def _scratch(rows: Tensor, dtype: torch.dtype, tiles: int, height: int) -> Tensor:
+    """Memory ``(tiles, height, width)`` for work on some rows; the next call gives it away again."""
+    size = tiles * height * rows.shape[2]
+    if rows.device.type != "cpu":
+        return rows.new_empty(tiles, height, rows.shape[2], dtype=dtype)
+    if dtype not in _kept.by_type or len(_kept.by_type[dtype]) < size:
+        with torch.inference_mode(False):  # such tensors could not be written to outside of it
+            _kept.by_type[dtype] = torch.empty(size, dtype=dtype, device="cpu")
+    return _kept.by_type[dtype][:size].view(tiles, height, rows.shape[2])
