@@ -101,7 +101,7 @@ def race(
         str,
         typer.Option(help="Who races: sgd, adamw, muon, mfac, ginger, ginger-sampled, block-mean-adagrad."),
     ] = "sgd,adamw,muon,mfac,ginger,block-mean-adagrad",
-    seeds: Annotated[str, typer.Option(help="How many seeds each optimizer runs, or which: 0,1,2.")] = "3",
+    seeds: Annotated[str, typer.Option(help="How many seeds each optimizer runs, or which: 0,1,2.")] = "5",
     seed: Annotated[int, typer.Option(min=0, help="The first seed, where --seeds is a number.")] = 0,
     epochs: Epochs = None,
     batch_size: BatchSize = None,

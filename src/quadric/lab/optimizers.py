@@ -134,6 +134,9 @@ class Entrant:
         return dict(self.hyper) if self.optimizer.__module__.startswith("torch.") else self.settings()
 
 
+# Its paper's. Without the clip, a step along directions outside the matrix would be lr / damping times the gradient.
+GINGER = {"damping": 1e-5, "clip": 1.0}
+
 # No weight decay anywhere: the race compares directions, and `--set adamw.weight_decay=0.01` gives it back.
 ENTRANTS: dict[str, Entrant] = {
     "sgd": Entrant(
@@ -162,7 +165,7 @@ ENTRANTS: dict[str, Entrant] = {
         quadric.Ginger,
         _of_parameters(quadric.Ginger),
         1e-3,
-        {},
+        dict(GINGER),
     ),
     "ginger-sampled": Entrant(
         "Ginger (sampled)",
@@ -170,7 +173,7 @@ ENTRANTS: dict[str, Entrant] = {
         quadric.Ginger,
         _of_parameters(quadric.Ginger),
         1e-3,
-        {},
+        dict(GINGER),
         samples_labels=True,
     ),
     "block-mean-adagrad": Entrant(
