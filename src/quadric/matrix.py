@@ -488,12 +488,13 @@ class BlockMean(PSDMatrix):
 
 
 def cholesky(small: Tensor, damping: float | Tensor) -> Tensor:
-    """The factor L of ``small + damping·I = L Lᵀ``, with eigenvalues that rounding pushed below zero raised to zero."""
+    """The factor L of ``small + damping·I = L Lᵀ``; where rounding has hidden λ, eigenvalues are raised above it."""
     damped = small + damping * torch.eye(small.shape[-1], dtype=small.dtype, device=small.device)
     factor, failed = torch.linalg.cholesky_ex(damped)
     if bool(failed.any()):
         values, vectors = torch.linalg.eigh(small)
-        root = vectors * (values.clamp_min(0) + damping).sqrt().unsqueeze(-2)
+        noise = values[..., -1:].clamp_min(0) * (values.shape[-1] * torch.finfo(values.dtype).eps)
+        root = vectors * (torch.maximum(values, noise) + damping).sqrt().unsqueeze(-2)
         factor = torch.linalg.qr(root.mT).R.mT
     return factor
 
