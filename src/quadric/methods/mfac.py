@@ -24,7 +24,7 @@ from torch import Tensor, _foreach_add_, _foreach_mul_  # pyright: ignore[report
 from quadric.curvature import Curvature, Schedule
 from quadric.matrix import LowRank, cholesky
 from quadric.optimizer import Block, CurvatureOptimizer, require
-from quadric.tiles import Tiles, combine, project, wide
+from quadric.tiles import Tiles, combine, project, slab_tiles, slabs, wide
 
 __all__ = ["MFAC", "GradientWindow"]
 
@@ -110,6 +110,10 @@ class GradientWindow(Curvature):
         if old is not None:
             new = self._column(row)
             self.gram.baddbmm_(new, new.mT).baddbmm_(old, old.mT, alpha=-1)
+            if row == self.window - 1:  # afresh once a round: what rounding left of a huge gradient goes with it
+                grams = self.gram.split(slab_tiles(self.rows))
+                for slab, gram in zip(slabs(self.rows, self.gram.dtype), grams, strict=True):
+                    torch.bmm(slab.mT, slab, out=gram)
         else:
             new = self.rows[:, row : row + 1].to(sums)  # as it was rounded, so that the Gram matrix is that of the rows
             products = project(self.rows[:, : self.filled], new)
@@ -124,7 +128,7 @@ class GradientWindow(Curvature):
     def solve_newest(self, out: Tensor | None = None) -> Tensor:
         """``F⁻¹ g`` for the gradient g of the last update, ``(tiles.length,)``: one read of the window."""
         damping, n = self.damping_now(), self.filled
-        sums = torch.promote_types(self.rows.dtype, torch.float32)
+        sums = torch.promote_types(self.rows.dtype, torch.float32) if out is None else out.dtype
         if self.by_column:
             factor = cholesky(self.gram, n * damping)
             return torch.cholesky_solve(self._column(self.newest) * n, factor).to(sums).flatten()
