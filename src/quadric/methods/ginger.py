@@ -118,12 +118,10 @@ class HeaviestDirections(Curvature):
         self.lengths = torch.tensor(self.tiles.sizes, device=device).view(-1, 1, 1)
 
     def inbox(self, flat: Tensor) -> Tensor:
-        """The next free slot, ``(tiles.length,)``."""
+        """The next free slot, ``(tiles.length,)``, or ``flat`` where room has to be made first."""
         if not self.slots.numel():
             self._make(torch.promote_types(flat.dtype, torch.float32), flat.device)
-        if self.filled == self.capacity:
-            self._compress()
-        return self.slots[self.filled]
+        return self.slots[self.filled] if self.filled < self.capacity else flat
 
     def absorb(self, observation: Tensor, present: Tensor | None = None) -> None:
         """Learn from a padded observation.
@@ -178,6 +176,9 @@ class HeaviestDirections(Curvature):
     def _store(self, vector: Tensor) -> int:
         """Put a padded vector into a free slot, with its inner products; return the slot."""
         free = self.inbox(vector)
+        if self.filled == self.capacity:  # only now: a vector written to an inbox may still have been refused
+            self._compress()
+            free = self.slots[self.filled]
         if vector.data_ptr() != free.data_ptr():
             free.copy_(vector)
         slot, self.filled = self.filled, self.filled + 1
@@ -209,7 +210,9 @@ class HeaviestDirections(Curvature):
         self.average[:, :, self.rank] = 1
 
     def columns(self, start: int, stop: int) -> dict[str, Tensor]:  # noqa: D102
-        return {"slots": self.slots[:, start:stop].clone()}
+        slots = self.slots[:, start:stop].clone()
+        slots[self.filled :] = 0  # whatever was written to an inbox and refused
+        return {"slots": slots}
 
     def shared(self) -> dict[str, Tensor]:  # noqa: D102
         small = {"gram": self.gram, "mixing": self.mixing, "average": self.average, "weight": self.weight}
