@@ -158,7 +158,8 @@ class BlockMeanAdaGrad(CurvatureOptimizer):
             are the rows of each tensor (output neurons or channels), joined where they are too many.
         lr: learning rate η.
         decay: None for AdaGrad's sums, or the factor of the past in averages.
-        damping: δ; whitened, a fraction of the mean square of w.
+        damping: δ, or a schedule over the steps. Whitened it counts mean squares of w, and 1.0 is the default, half
+            way to diagonal AdaGrad; plain it is added to the sum of squares, 1e-6 by default.
         refresh_every: steps between two eigendecompositions, after the first so many steps.
         whiten: divide each coordinate by its own root mean square first.
         weight_decay: decoupled weight decay.
@@ -186,7 +187,7 @@ class BlockMeanAdaGrad(CurvatureOptimizer):
         lr: float = 1e-2,
         *,
         decay: float | None = None,
-        damping: Schedule = 1e-1,
+        damping: Schedule | None = None,
         refresh_every: int = 20,
         whiten: bool = True,
         weight_decay: float = 0.0,
@@ -195,7 +196,7 @@ class BlockMeanAdaGrad(CurvatureOptimizer):
         defaults = {
             "lr": lr,
             "decay": decay,
-            "damping": damping,
+            "damping": damping if damping is not None else 1.0 if whiten else 1e-6,
             "refresh_every": refresh_every,
             "whiten": whiten,
             "weight_decay": weight_decay,
