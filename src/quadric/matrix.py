@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class PSDMatrix(ABC):
     device: torch.device
 
     def apply(self, v: Tensor, power: float = 1.0) -> Tensor:
-        """The product ``G**power @ v``.
+        """The product ``G**power @ v``, differentiable in v.
 
         Args:
             v: vectors, ``(..., dim)``.
@@ -42,7 +43,11 @@ class PSDMatrix(ABC):
                 f"v has shape {tuple(v.shape)}, but the last axis must have the matrix's {self.dim} entries: "
                 f"pass vectors as (..., {self.dim})"
             )
-        return v.clone() if power == 0 else self._apply(v, power)
+        if power == 0:
+            return v.clone()
+        if v.requires_grad and torch.is_grad_enabled():
+            return _Product.apply(v, self, power)
+        return self._apply(v, power)
 
     @abstractmethod
     def _apply(self, v: Tensor, power: float) -> Tensor: ...
@@ -114,7 +119,7 @@ class Diagonal(PSDMatrix):
                 f"values must be a vector of finite numbers, none of them negative, got {_shown(values)}: "
                 "take the absolute value or clamp before building the matrix"
             )
-        self.values = values.clone()
+        self.values = values.detach().clone()
         self.dim, self.dtype, self.device = len(values), values.dtype, values.device
 
     def _apply(self, v: Tensor, power: float) -> Tensor:
@@ -165,7 +170,7 @@ class LowRank(PSDMatrix):
         if rows.ndim != 2 or not torch.isfinite(rows).all():
             raise ValueError(f"rows must be a finite (rank, dim) tensor, got {_shown(rows)}: stack vectors with vstack")
         tiles = Tiles.runs(rows.shape[1], block_size)
-        self._build(tiles.cut(tiles.pad(rows)).clone(), tiles, damping, weight=1.0)
+        self._build(tiles.cut(tiles.pad(rows.detach())).clone(), tiles, damping, weight=1.0)
 
     @classmethod
     def of_tiles(cls, rows: Tensor, tiles: Tiles, damping: float, weight: float = 1.0) -> LowRank:
@@ -184,12 +189,12 @@ class LowRank(PSDMatrix):
     def _build(self, rows: Tensor, tiles: Tiles, damping: float, weight: float) -> None:
         if not 0 < damping < float("inf"):
             raise ValueError(f"damping must be positive and finite, got {damping}: 1e-5 to 1e-2 are usual")
-        self._stored, self._version, self._tiles = rows, rows._version, tiles
+        self._stored, self._version, self._tiles = rows, _version(rows), tiles
         self.damping, self.weight = float(damping), float(weight)
         self.dim, self.device = tiles.dim, rows.device
         self.dtype = torch.promote_types(rows.dtype, torch.float32)
-        # Fewer columns than rows: the block itself is the smaller matrix, and has nothing to cancel.
-        self._inner = tiles.one_each and tiles.width < rows.shape[1]
+        # No more columns than rows: the block itself is the smaller matrix, and has nothing to cancel.
+        self._inner = tiles.one_each and tiles.width <= rows.shape[1]
 
     @property
     def rank(self) -> int:
@@ -203,7 +208,7 @@ class LowRank(PSDMatrix):
 
     @property
     def _rows(self) -> Tensor:
-        if self._stored._version != self._version:
+        if _version(self._stored) != self._version:
             raise RuntimeError(
                 "the estimate behind this matrix has been updated since: call matrix() again after update()"
             )
@@ -444,9 +449,9 @@ class BlockMean(PSDMatrix):
         self.damping = float(damping)
         double = wide(coupling)
         self._sizes = self.groups.sizes.to(double)
-        self._coupling = coupling.to(double)
+        self._coupling = coupling.detach().to(double, copy=True)
         # Rounding may leave a hair below zero; a group of one has no spread, and its λ is multiplied by nothing.
-        spread = (traces.to(double) - self._coupling.diagonal()).clamp_min(0) / (self._sizes - 1).clamp_min(1)
+        spread = (traces.detach().to(double) - self._coupling.diagonal()).clamp_min(0) / (self._sizes - 1).clamp_min(1)
         self._within = torch.where(self._sizes > 1, spread, self._coupling.diagonal()) + self.damping
 
     @cached_property
@@ -463,8 +468,11 @@ class BlockMean(PSDMatrix):
         Raises:
             ValueError: if the power is negative and the matrix singular.
         """
-        if power < 0 and not float(self._within.min()) > 0:
-            raise ValueError(f"power {power} of a singular matrix: give it a positive damping, it has {self.damping}")
+        if power < 0 and not self.damping:
+            values = self._spectrum[0]
+            noise = values[-1] * len(values) * torch.finfo(values.dtype).eps
+            if bool(values[0] <= noise) or not bool(self._within.min() > 0):
+                raise ValueError(f"power {power} of a singular matrix with damping 0.0: give it a positive damping")
         if power == 1:
             across = self._coupling + self.damping * torch.eye(self.groups.count, device=self.device)
         elif power == -1:
@@ -485,6 +493,24 @@ class BlockMean(PSDMatrix):
 
     def logdet(self) -> Tensor:  # noqa: D102
         return (((self._sizes - 1) * self._within.log()).sum() + self._spectrum[0].log().sum()).to(self.dtype)
+
+
+class _Product(torch.autograd.Function):
+    """``G**power @ v`` with its derivative in v: the same product, because G is symmetric."""
+
+    @staticmethod
+    def forward(ctx: Any, v: Tensor, matrix: PSDMatrix, power: float) -> Tensor:
+        ctx.matrix, ctx.power = matrix, power
+        return matrix._apply(v, power)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.matrix.apply(gradients[0], ctx.power), None, None
+
+
+def _version(tensor: Tensor) -> int:
+    """How often a tensor has been written to, where torch counts it."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def cholesky(small: Tensor, damping: float | Tensor) -> Tensor:
