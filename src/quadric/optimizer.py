@@ -326,7 +326,7 @@ class CurvatureOptimizer(Optimizer, ABC):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({name: value for name, value in state.items() if name != "state"})
-        self.state = state["state"]
+        self.state = state["state"]  # pyright: ignore[reportIncompatibleVariableOverride]
 
 
 def require(valid: bool, name: str, value: Any, condition: str, remedy: str) -> None:
