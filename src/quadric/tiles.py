@@ -35,6 +35,7 @@ class Tiles:
         self.per_block = [-(-size // self.width) for size in self.sizes]
         self.count = sum(self.per_block)
         self.pads = [tiles * self.width - size for tiles, size in zip(self.per_block, self.sizes, strict=True)]
+        self._per_block: dict[torch.device, Tensor] = {}
         self.one_each = all(tiles == 1 for tiles in self.per_block)
 
     @classmethod
@@ -104,8 +105,7 @@ class Tiles:
         if len(self.sizes) == 1:
             return values.sum(0, keepdim=True)
         # index_add would do, but its order of summation on a GPU, and so its last bits, change from run to run.
-        lengths = torch.tensor(self.per_block, device=values.device)
-        flat = values.reshape(self.count, -1)
+        flat, lengths = values.reshape(self.count, -1), self._lengths(values.device)
         return torch.segment_reduce(flat, "sum", lengths=lengths, axis=0, unsafe=True).view(-1, *values.shape[1:])
 
     def spread(self, values: Tensor) -> Tensor:
@@ -114,8 +114,12 @@ class Tiles:
             return values
         if len(self.sizes) == 1:
             return values.expand(self.count, *values.shape[1:])
-        lengths = torch.tensor(self.per_block, device=values.device)
-        return values.repeat_interleave(lengths, 0, output_size=self.count)
+        return values.repeat_interleave(self._lengths(values.device), 0, output_size=self.count)
+
+    def _lengths(self, device: torch.device) -> Tensor:
+        if device not in self._per_block:  # made once: a copy to a GPU would wait for it at every step
+            self._per_block[device] = torch.tensor(self.per_block, device=device)
+        return self._per_block[device]
 
 
 def wide(tensor: Tensor) -> torch.dtype:
