@@ -11,7 +11,8 @@ average of gradients. Rows R with G = RᵀR are never rotated in a step. They ar
 once for its inner products and once for the direction; the rest is algebra on matrices of the size of the rank. Nothing
 of it subtracts large numbers, so γ may be as small as 1e-8 in float32 and may change at every step.
 
-Cost: two reads of about 3/2 rank + 2 slots a step. Memory: (3/2 rank + 2) d numbers, momentum included.
+Cost: two reads of about rank + 1 + max(2, rank/4) slots a step, and a compression of all slots every max(4, rank/2)
+steps. Memory: (rank + 2 + max(4, rank/2)) d numbers, momentum included.
 
 Paper: Hao, Cao and Mou, Ginger: An Efficient Curvature Approximation with Linear Complexity for General Neural
 Networks, 2024, arXiv 2402.03295.
@@ -64,7 +65,8 @@ def split(vector: Tensor, mixing: Tensor, gram: Tensor) -> tuple[Tensor, Tensor,
 class HeaviestDirections(Curvature):
     r"""The heaviest directions of a decayed sum of squares, :math:`\gamma I + R^\top R`.
 
-    Cost: about 3/2 rank · dim reads an update. Memory: (rank + 1 + max(4, rank // 2)) dim numbers of the first
+    Cost: one read of the slots an update, a compression of them every max(4, rank // 2) updates. Memory:
+    (rank + 1 + max(4, rank // 2)) dim numbers of the first
     observation's type.
 
     Args:
@@ -296,7 +298,8 @@ class Ginger(CurvatureOptimizer):
 
     Without :meth:`observe` the plain gradient feeds G, which is then the empirical Fisher, not the Gauss–Newton matrix.
 
-    Cost: two reads of about 3/2 rank + 2 numbers a parameter a step. Memory: 3/2 rank + 4 numbers a parameter.
+    Cost: two reads of about rank + 1 + max(2, rank/4) numbers a parameter a step, and a compression every max(4, rank/2)
+    steps. Memory: rank + 2 + max(4, rank/2) numbers a parameter.
 
     Args:
         params: parameters or parameter groups; each tensor has a matrix of its own.
