@@ -297,8 +297,8 @@ class Ginger(CurvatureOptimizer):
 
     Without :meth:`observe` the plain gradient feeds G, which is then the empirical Fisher, not the Gauss–Newton matrix.
 
-    Cost: two reads of about rank + 1 + max(2, rank/4) numbers a parameter a step, and a compression of all of them every
-    max(4, rank/2) steps. Memory: rank + 2 + max(4, rank/2) numbers a parameter.
+    Cost: two reads of about rank + 1 + max(2, rank/4) numbers a parameter a step, and a compression of all of them
+    every max(4, rank/2) steps. Memory: rank + 2 + max(4, rank/2) numbers a parameter.
 
     Args:
         params: parameters or parameter groups; each tensor has a matrix of its own.
