@@ -193,10 +193,10 @@ class CurvatureOptimizer(Optimizer, ABC):
                     f"a gradient of shape {tuple(grad.shape)} for a parameter that had {tuple(shape)} before: "
                     "make a new optimizer when parameters change their shape"
                 )
-            pieces.append(zero.expand(start - at))
+            pieces += [zero.expand(start - at)] * (start > at)
             pieces.append(zero.expand(stop - start) if grad is None else grad.reshape(-1))
             at = stop
-        torch.cat([*pieces, zero.expand(len(out) - at)], out=out)
+        torch.cat(pieces + [zero.expand(len(out) - at)] * (len(out) > at), out=out)
 
     def _refuse_non_finite(self, work: list[tuple[Group, Block]]) -> None:
         """Raise if any flat gradient is not finite, at the price of one dot product each and one synchronisation."""
