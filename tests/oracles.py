@@ -112,16 +112,24 @@ def block_means(matrix, labels):
 
 
 class BlockMeanAdaGrad:
-    """The AdaGrad of one flat parameter with the block means of the sum of g gᵀ, as published (not whitened)."""
+    """AdaGrad of one flat parameter with the block means of the sum, or bias-corrected average, of outer products."""
 
-    def __init__(self, theta, labels, *, lr, damping, decay=None, weight_decay=0.0):
+    def __init__(self, theta, labels, *, lr, damping, decay=None, whiten=False, weight_decay=0.0):
         dim = len(theta)
         self.theta, self.labels, self.total = theta.double(), labels, torch.zeros(dim, dim, dtype=torch.float64)
-        self.lr, self.damping, self.decay, self.weight_decay = lr, damping, decay, weight_decay
+        self.moment, self.steps = torch.zeros(dim, dtype=torch.float64), 0
+        self.lr, self.damping, self.decay, self.whiten, self.weight_decay = lr, damping, decay, whiten, weight_decay
 
     def step(self, gradient):
-        gradient = gradient.double()
-        self.total += torch.outer(gradient, gradient)
-        matrix = block_means(self.total, self.labels) + self.damping * torch.eye(len(gradient), dtype=torch.float64)
-        direction = dense_power(matrix, -0.5) @ gradient
+        gradient, damping = gradient.double(), self.damping
+        self.steps += 1
+        past, now = (1.0, 1.0) if self.decay is None else (self.decay, 1 - self.decay)
+        count = self.steps if self.decay is None else 1 - self.decay**self.steps  # what the weights add up to
+        if self.whiten:
+            self.moment = past * self.moment + now * gradient**2
+            gradient = gradient / (self.moment / count).sqrt()
+            damping = damping * self.steps if self.decay is None else damping
+        self.total = past * self.total + now * torch.outer(gradient, gradient)
+        mean = block_means(self.total if self.decay is None else self.total / count, self.labels)
+        direction = dense_power(mean + damping * torch.eye(len(gradient), dtype=torch.float64), -0.5) @ gradient
         self.theta = (1 - self.lr * self.weight_decay) * self.theta - self.lr * direction
