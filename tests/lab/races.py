@@ -33,6 +33,7 @@ def made_up_run(rng, seed, epochs, error, epoch_seconds, step_ms, memory, speed)
         )
     return {
         "seed": seed,
+        "steps": 23 * epochs,
         "diverged": False,
         "error": None,
         "seconds": elapsed,
@@ -55,9 +56,8 @@ def made_up_race(names=tuple(FIELD), seeds=3, epochs=30, tuned=True, target=96.0
             off = math.log10(rate / lr)
             lost = off > 1.2 or (ours and off > 0.9)
             loss = None if lost else 0.09 + 0.25 * off**2 * (2.5 if off > 0 else 1) + 0.01 * rng.random()
-            trials[name].append(
-                {"lr": rate, "loss": loss, "metric": None if lost else 97 - 4 * off**2, "diverged": lost}
-            )
+            metric = None if lost else 97 - 4 * off**2
+            trials[name].append({"lr": rate, "loss": loss, "metric": metric, "diverged": lost, "error": None})
     return {
         "quadric": "0.1.0",
         "command": "quadric race --task digits --tune",
@@ -97,6 +97,7 @@ def short_race(finals, *, higher=True, target=None, unit="%", times=None):
             runs.append(
                 {
                     "seed": seed,
+                    "steps": 10,
                     "diverged": metric is None,
                     "error": None,
                     "seconds": seconds,

@@ -87,5 +87,9 @@ def test_json_has_no_nan(tmp_path):
     checkpoint.write_json(path, {"a": [float("nan"), float("inf"), 1.5], "b": (True, None)})
     assert checkpoint.read_json(path) == {"a": [None, None, 1.5], "b": [True, None]}
     path.write_text('{"a": ')
-    with pytest.raises(LabError, match="delete it or choose another --out"):
+    with pytest.raises(LabError, match="delete it to have it made anew"):
         checkpoint.read_json(path)
+    for text in ("[]", "null", "{}"):
+        path.write_text(text)
+        with pytest.raises(LabError, match=r"is not what quadric wrote there; choose another --out"):
+            checkpoint.read_json(path, "history", remedy="choose another --out")

@@ -1,8 +1,14 @@
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from quadric.lab import LabError
 from quadric.lab.models import MODELS, build_model
+
+
+def like(kind, shape, outputs, name="a task"):
+    return SimpleNamespace(kind=kind, shape=shape, outputs=outputs, name=name)
 
 
 @pytest.mark.parametrize(
@@ -22,7 +28,7 @@ from quadric.lab.models import MODELS, build_model
 )
 def test_shapes_and_sizes(name, kind, shape, outputs, parameters):
     torch.manual_seed(0)
-    model = build_model(name, "a task", kind, shape, outputs)
+    model = build_model(name, like(kind, shape, outputs))
     assert sum(p.numel() for p in model.parameters()) == parameters
     x = torch.randint(outputs, (3, *shape)) if kind == "text" else torch.randn(3, *shape)
     y = model(x)
@@ -33,7 +39,7 @@ def test_shapes_and_sizes(name, kind, shape, outputs, parameters):
 
 def test_gpt_is_causal():
     torch.manual_seed(0)
-    model = build_model("gpt", "a text", "text", (16,), 7).eval()
+    model = build_model("gpt", like("text", (16,), 7)).eval()
     tokens = torch.randint(7, (2, 16))
     changed = tokens.clone()
     changed[:, 10] = (changed[:, 10] + 1) % 7
@@ -43,18 +49,18 @@ def test_gpt_is_causal():
 
 
 def test_residual_network_carries_the_names_of_the_published_one():
-    names = set(build_model("resnet20", "cifar10", "image", (3, 32, 32), 10).state_dict())
+    names = set(build_model("resnet20", like("image", (3, 32, 32), 10)).state_dict())
     assert {"conv1.weight", "layer2.0.downsample.0.weight", "layer3.2.bn2.running_var", "fc.bias"} <= names
     assert "layer1.0.downsample.0.weight" not in names
 
 
 def test_impossible_pairs_are_one_sentence():
     with pytest.raises(LabError, match=r"there is no model 'vgg'; choose one of logistic, mlp"):
-        build_model("vgg", "digits", "image", (1, 8, 8), 10)
+        build_model("vgg", like("image", (1, 8, 8), 10, "digits"))
     with pytest.raises(LabError, match=r"gpt takes text inputs, and digits has image: choose --model logistic, mlp"):
-        build_model("gpt", "digits", "image", (1, 8, 8), 10)
+        build_model("gpt", like("image", (1, 8, 8), 10, "digits"))
     with pytest.raises(LabError, match=r"choose --model gpt"):
-        build_model("mlp", "shakespeare", "text", (128,), 65)
+        build_model("mlp", like("text", (128,), 65, "shakespeare"))
     with pytest.raises(LabError, match=r"at least 10x10, not 8x8"):
-        build_model("3c3d", "digits", "image", (1, 8, 8), 10)
+        build_model("3c3d", like("image", (1, 8, 8), 10, "digits"))
     assert set(MODELS) == {"logistic", "mlp", "3c3d", "resnet20", "gpt"}

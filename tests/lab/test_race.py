@@ -154,7 +154,7 @@ def test_what_diverges_is_recorded_and_loses(tmp_path, digits):
     results, _, said, _ = start(race, digits, tmp_path)
     assert results["entrants"][0]["runs"][0]["diverged"] is True
     assert results["entrants"][1]["runs"][0]["diverged"] is False
-    assert "sgd, seed 0: diverged at step" in said
+    assert "sgd, seed 0: diverged after step 1" in said
 
 
 def test_tuning_leaves_diverging_rates_aside_and_names_the_end_of_the_grid(tmp_path, digits):

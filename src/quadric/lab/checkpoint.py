@@ -6,6 +6,7 @@ leaves the previous file as it was. Reading goes through ``weights_only=True``: 
 
 import errno
 import json
+import lzma
 import math
 import os
 import pickle
@@ -20,7 +21,7 @@ import torch
 from quadric.lab import LabError
 
 FORMAT = "quadric-checkpoint-1"
-# how zipfile and torch say that a file is not what it should be
+# The ways in which zipfile, torch, numpy and lzma say that a file is not what it should be.
 DAMAGED = (
     OSError,
     RuntimeError,
@@ -30,6 +31,7 @@ DAMAGED = (
     AttributeError,
     zipfile.BadZipFile,
     zlib.error,
+    lzma.LZMAError,
     pickle.UnpicklingError,
 )
 REMEDIES = {
@@ -135,19 +137,24 @@ def write_json(path: Path, value: Any) -> None:
     write_atomically(path, lambda file: file.write(text.encode()))
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path, *keys: str, remedy: str = "delete it to have it made anew") -> dict[str, Any]:
     """Read a JSON file of a run's folder.
 
     Args:
         path: The file.
+        *keys: What it has to hold.
+        remedy: What to do where it does not.
 
     Raises:
-        LabError: When it cannot be read or is not JSON.
+        LabError: When it cannot be read, is not JSON, or lacks a key.
     """
     try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise LabError(f"cannot read {path} ({error}); delete it or choose another --out") from error
+        value = json.loads(path.read_text())
+    except (OSError, ValueError, RecursionError) as error:
+        raise LabError(f"cannot read {path} ({error}); {remedy}") from error
+    if not isinstance(value, dict) or not value.keys() >= set(keys):
+        raise LabError(f"{path} is not what quadric wrote there; {remedy}")
+    return value
 
 
 def _finite(value: Any) -> Any:

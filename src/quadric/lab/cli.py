@@ -8,22 +8,24 @@ import math
 import os
 import shlex
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from importlib.metadata import version
+from inspect import Parameter, Signature, signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.console import Console
+from typer import Option
 
 from quadric.lab import LabError
 
 if TYPE_CHECKING:  # torch takes seconds to import: --help and a mistyped option should not wait for it
     from quadric.lab.race import Race
-    from quadric.lab.tasks import Task
 
+MAX_SEED = 2**32 - 1
 DEFAULT_RATES = 11  # learning rates of `--tune` without a number
 # typer carries its own copy of click since 0.2x; either way this is the parent of all complaints about options
 UsageError: type[Exception] = typer.BadParameter.__bases__[0]
@@ -46,43 +48,60 @@ class DeviceName(str, Enum):
     cuda = "cuda"
 
 
-TaskName = Annotated[
-    str,
-    typer.Option(
-        "--task",
-        help="digits (comes with the package), mnist, fashion-mnist, cifar10, shakespeare, regression[:NAME], "
-        "or the path of a text file.",
-    ),
-]
-TextFile = Annotated[Path | None, typer.Option("--text", help="Learn this text file, character by character.")]
-DataDir = Annotated[
-    Path | None, typer.Option(help="Folder with data files; without it image sets are fetched from openml.org.")
-]
-ModelName = Annotated[
-    str | None, typer.Option("--model", help="logistic, mlp, 3c3d, resnet20 or gpt. [default: the task's]")
-]
-Epochs = Annotated[int | None, typer.Option(min=1, help="Passes over the training set. [default: the task's]")]
-BatchSize = Annotated[int | None, typer.Option(min=1, help="Examples in a step. [default: the task's]")]
-Examples = Annotated[int | None, typer.Option(min=1, help="Use only so many training examples. [default: all]")]
-ScheduleName = Annotated[Schedule, typer.Option(help="How the learning rate moves.")]
-Warmup = Annotated[int, typer.Option(min=0, help="Steps over which the learning rate rises at the start.")]
-Augment = Annotated[bool, typer.Option("--augment", help="Shift and mirror the training images.")]
-Settings = Annotated[
-    list[str] | None,
-    typer.Option("--set", metavar="OPTIMIZER.KEY=VALUE", help="Change a hyper-parameter; may be repeated."),
-]
-Target = Annotated[float | None, typer.Option(help="Test metric whose time is taken. [default: the task's]")]
-Device = Annotated[DeviceName, typer.Option(help="Where to train.")]
-Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads. [default: 1 for digits and regression, else torch's choice]")
-]
-Out = Annotated[Path | None, typer.Option(help="Folder for everything written. [default: a new one under runs/]")]
-Resume = Annotated[bool, typer.Option("--resume", help="Continue what is in --out (or the newest of runs/).")]
-CheckpointSeconds = Annotated[float, typer.Option(min=0, help="Seconds between checkpoints of a run.")]
+@dataclass(frozen=True)
+class Common:
+    """The options that `race` and `train` share."""
+
+    task: Annotated[
+        str,
+        Option(
+            help="digits (comes with the package), mnist, fashion-mnist, cifar10, shakespeare, regression[:NAME], "
+            "or the path of a text file."
+        ),
+    ] = "digits"
+    text: Annotated[Path | None, Option(help="Learn this text file, character by character.")] = None
+    data_dir: Annotated[
+        Path | None, Option(help="Folder with data files; without it image sets are fetched from openml.org.")
+    ] = None
+    model: Annotated[str | None, Option(help="logistic, mlp, 3c3d, resnet20 or gpt. [default: the task's]")] = None
+    epochs: Annotated[int | None, Option(min=1, help="Passes over the training set. [default: the task's]")] = None
+    batch_size: Annotated[int | None, Option(min=1, help="Examples in a step. [default: the task's]")] = None
+    examples: Annotated[int | None, Option(min=1, help="Use only so many training examples. [default: all]")] = None
+    schedule: Annotated[Schedule, Option(help="How the learning rate moves.")] = Schedule.cosine
+    warmup: Annotated[int, Option(min=0, help="Steps over which the learning rate rises at the start.")] = 0
+    augment: Annotated[bool, Option("--augment", help="Shift and mirror the training images.")] = False
+    settings: Annotated[
+        list[str] | None,
+        Option("--set", metavar="OPTIMIZER.KEY=VALUE", help="Change a hyper-parameter; may be repeated."),
+    ] = None
+    target: Annotated[float | None, Option(help="Test metric whose time is taken. [default: the task's]")] = None
+    device: Annotated[DeviceName, Option(help="Where to train.")] = DeviceName.auto
+    threads: Annotated[
+        int | None,
+        Option(min=1, help="CPU threads. [default: 1 for digits and regression, else torch's choice]"),
+    ] = None
+    out: Annotated[Path | None, Option(help="Folder for everything written. [default: a new one under runs/]")] = None
+    resume: Annotated[bool, Option("--resume", help="Continue what is in --out (or the newest of runs/).")] = False
+    checkpoint_seconds: Annotated[float, Option(min=0, help="Seconds between checkpoints of a run.")] = 30.0
+
+
+def with_common(command: Callable[..., None]) -> Callable[..., None]:
+    """The command with an option for each field of its ``common: Common``."""
+
+    def spread(**given: Any) -> None:
+        command(common=Common(**{field.name: given.pop(field.name) for field in fields(Common)}), **given)
+
+    own = [p for p in signature(command).parameters.values() if p.name != "common"]
+    shared = signature(Common).parameters.values()
+    every = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*own, *shared)]
+    spread.__signature__ = Signature(every)  # pyright: ignore[reportFunctionMemberAccess]
+    spread.__annotations__ = {p.name: p.annotation for p in every}
+    spread.__name__, spread.__doc__ = command.__name__, command.__doc__
+    return spread
 
 
 @app.callback(invoke_without_command=True)
-def top(ctx: typer.Context, show: Annotated[bool, typer.Option("--version", help="Print the version.")] = False):
+def top(ctx: typer.Context, show: Annotated[bool, Option("--version", help="Print the version.")] = False):
     """Second-order optimizers for PyTorch, raced on real data."""
     if show:
         typer.echo(f"quadric {version('quadric')}")
@@ -91,37 +110,22 @@ def top(ctx: typer.Context, show: Annotated[bool, typer.Option("--version", help
 
 
 @app.command()
+@with_common
 def race(
     ctx: typer.Context,
-    task: TaskName = "digits",
-    text: TextFile = None,
-    data_dir: DataDir = None,
-    model: ModelName = None,
+    common: Common,
     optimizers: Annotated[
         str,
-        typer.Option(help="Who races: sgd, adamw, muon, mfac, ginger, ginger-sampled, block-mean-adagrad."),
+        Option(help="Who races: sgd, adamw, muon, mfac, ginger, ginger-sampled, block-mean-adagrad."),
     ] = "sgd,adamw,muon,mfac,ginger,block-mean-adagrad",
-    seeds: Annotated[str, typer.Option(help="How many seeds each optimizer runs, or which: 0,1,2.")] = "5",
-    seed: Annotated[int, typer.Option(min=0, help="The first seed, where --seeds is a number.")] = 0,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    examples: Examples = None,
-    schedule: ScheduleName = Schedule.cosine,
-    warmup: Warmup = 0,
-    augment: Augment = False,
+    seeds: Annotated[str, Option(help="How many seeds each optimizer runs, or which: 0,1,2.")] = "5",
+    seed: Annotated[int, Option(min=0, max=MAX_SEED, help="The first seed, where --seeds is a number.")] = 0,
     tune: Annotated[
         int,
-        typer.Option(min=0, metavar="[N]", help="Try N learning rates for each optimizer; 0: take each one's default."),
+        Option(min=0, metavar="[N]", help="Try N learning rates for each optimizer; 0: take each one's default."),
     ] = DEFAULT_RATES,
-    lr_range: Annotated[tuple[float, float], typer.Option(help="Ends of the grid of --tune.")] = (1e-5, 1.0),
-    tune_epochs: Annotated[int | None, typer.Option(min=1, help="Epochs of a trial. [default: as --epochs]")] = None,
-    settings: Settings = None,
-    target: Target = None,
-    device: Device = DeviceName.auto,
-    threads: Threads = None,
-    out: Out = None,
-    resume: Resume = False,
-    checkpoint_seconds: CheckpointSeconds = 30.0,
+    lr_range: Annotated[tuple[float, float], Option(help="Ends of the grid of --tune.")] = (1e-5, 1.0),
+    tune_epochs: Annotated[int | None, Option(min=1, help="Epochs of a trial. [default: as --epochs]")] = None,
 ):
     """Race optimizers on one task: the same seeds, the same tuning for each, a table and a report at the end.
 
@@ -134,80 +138,44 @@ def race(
       quadric race --optimizers adamw,mfac --tune 0 --set mfac.lr=0.01 --set mfac.window=128
       quadric race --out runs/mine --resume
     """  # noqa: D301  (a real backspace: click's mark for "keep these lines")
-    from quadric.lab.display import Display
     from quadric.lab.optimizers import parse_settings
-    from quadric.lab.race import Race, Track, check_race, count_steps, log_grid, run_race
-    from quadric.lab.train import choose_device, set_threads
+    from quadric.lab.race import log_grid, run_race
 
     low, high = lr_range
     if not 0 < low <= high < math.inf:
         raise LabError(f"--lr-range takes two positive rates, the smaller first, not {low:g} {high:g}")
-    if tune > 1 and low == high:
-        raise LabError(f"--lr-range {low:g} {high:g} has room for one rate; use --tune 1 or a wider range")
+    rates = log_grid(low, high, tune) if tune else ()
+    if (room := len(set(rates))) < tune:
+        raise LabError(f"--lr-range {low:g} {high:g} has room for {room} rates; use --tune {room} or a wider range")
     names = _names(optimizers)
-    overrides = parse_settings(settings or [], names)
-    fixed = [name for name in names if "lr" in overrides[name]]
+    settings = parse_settings(common.settings or [], names)
+    fixed = [name for name in names if "lr" in settings[name]]
     if tune and fixed:
         raise LabError(f"--set {fixed[0]}.lr fixes a rate that --tune would choose; add --tune 0 or leave it out")
-    chosen = choose_device(device.value).type
-    loaded = _load(task, text, data_dir, examples)
-    length = epochs or loaded.epochs
-    plan = Race(
-        task=loaded.name,
-        model=model or loaded.model,
+    start(
+        run_race,
+        ctx,
+        common,
         optimizers=names,
-        settings=overrides,
+        settings=settings,
         seeds=_seeds(seeds, seed),
-        epochs=length,
-        batch_size=batch_size or loaded.batch_size,
-        schedule=schedule.value,
-        warmup=warmup,
-        augment=_augmented(augment, loaded),
-        examples=examples,
-        rates=log_grid(low, high, tune) if tune else (),
-        tune_epochs=tune_epochs or length,
-        target=loaded.target if target is None else target,
-        device=chosen,
-        threads=set_threads(threads or loaded.threads),
+        rates=rates,
+        tune_epochs=tune_epochs,
     )
-    check_race(plan, loaded)
-    folder = open_folder(out, "race", plan, resume, words=ctx.obj)
-    console = _console()
-    track = Track(loaded, folder, Display(console, count_steps(plan, loaded)), checkpoint_seconds)
-    try:
-        report = run_race(plan, track, command=shlex.join(["quadric", *ctx.obj]))
-    except KeyboardInterrupt:
-        raise _interrupted(ctx.obj, folder, out) from None
-    console.print(f"report: {report}", markup=False, highlight=False, soft_wrap=True)
 
 
 @app.command()
+@with_common
 def train(
     ctx: typer.Context,
+    common: Common,
     optimizer: Annotated[
         str,
-        typer.Option(help="sgd, adamw, muon, mfac, ginger, ginger-sampled or block-mean-adagrad."),
+        Option(help="sgd, adamw, muon, mfac, ginger, ginger-sampled or block-mean-adagrad."),
     ] = "mfac",
-    task: TaskName = "digits",
-    text: TextFile = None,
-    data_dir: DataDir = None,
-    model: ModelName = None,
-    lr: Annotated[float | None, typer.Option(help="Learning rate. [default: the optimizer's]")] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of parameters, order of examples and sampled labels.")] = 0,
-    epochs: Epochs = None,
-    batch_size: BatchSize = None,
-    examples: Examples = None,
-    schedule: ScheduleName = Schedule.cosine,
-    warmup: Warmup = 0,
-    augment: Augment = False,
-    settings: Settings = None,
-    target: Target = None,
-    device: Device = DeviceName.auto,
-    threads: Threads = None,
-    out: Out = None,
-    resume: Resume = False,
-    checkpoint_seconds: CheckpointSeconds = 30.0,
-    checkpoint_steps: Annotated[int, typer.Option(min=0, help="Steps between checkpoints; 0: by time only.")] = 0,
+    lr: Annotated[float | None, Option(help="Learning rate. [default: the optimizer's]")] = None,
+    seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Of parameters, order of examples and sampled labels.")] = 0,
+    checkpoint_steps: Annotated[int, Option(min=0, help="Steps between checkpoints; 0: by time only.")] = 0,
 ):
     """Train one network with one optimizer; --resume continues a killed run to the same bits.
 
@@ -218,46 +186,88 @@ def train(
       quadric train --out runs/ginger --resume
       quadric train --optimizer adamw --text book.txt --lr 0.003 --warmup 100
     """  # noqa: D301
-    from quadric.lab.display import Display
     from quadric.lab.optimizers import check_rate, find_entrant, parse_settings
-    from quadric.lab.race import Race, Track, check_race, count_steps, run_single
-    from quadric.lab.train import choose_device, set_threads
+    from quadric.lab.race import run_single
 
     find_entrant(optimizer)
-    overrides = parse_settings(settings or [], [optimizer])
+    settings = parse_settings(common.settings or [], [optimizer])
     if lr is not None:
         check_rate("--lr", lr)
-        overrides[optimizer]["lr"] = lr
-    chosen = choose_device(device.value).type
-    loaded = _load(task, text, data_dir, examples)
-    plan = Race(
-        task=loaded.name,
-        model=model or loaded.model,
+        settings[optimizer]["lr"] = lr
+    start(
+        run_single,
+        ctx,
+        common,
         optimizers=(optimizer,),
-        settings=overrides,
+        settings=settings,
         seeds=(seed,),
-        epochs=epochs or loaded.epochs,
-        batch_size=batch_size or loaded.batch_size,
-        schedule=schedule.value,
-        warmup=warmup,
-        augment=_augmented(augment, loaded),
-        examples=examples,
-        rates=(),
-        tune_epochs=0,
-        target=loaded.target if target is None else target,
-        device=chosen,
-        threads=set_threads(threads or loaded.threads),
+        checkpoint_steps=checkpoint_steps,
     )
-    check_race(plan, loaded)
-    folder = open_folder(out, "train", plan, resume, words=ctx.obj)
-    console = _console()
-    display = Display(console, count_steps(plan, loaded))
-    track = Track(loaded, folder, display, checkpoint_seconds, checkpoint_steps)
+
+
+def start(
+    act: Callable[..., Any],
+    ctx: typer.Context,
+    common: Common,
+    *,
+    optimizers: tuple[str, ...],
+    settings: dict[str, dict[str, Any]],
+    seeds: tuple[int, ...],
+    rates: tuple[float, ...] = (),
+    tune_epochs: int | None = None,
+    checkpoint_steps: int = 0,
+) -> None:
+    """Load the task, check everything, open the folder, and only then act.
+
+    Raises:
+        LabError: When a value is impossible, or the person interrupts.
+    """
+    import torch
+
+    from quadric.lab.display import Display
+    from quadric.lab.race import Race, Track, check_race, count_steps
+    from quadric.lab.tasks import load_task, text_task_from
+    from quadric.lab.train import choose_device
+
+    device = choose_device(common.device.value)
+    task = load_task(common.task, common.data_dir) if common.text is None else text_task_from(common.text)
+    if common.examples is not None:
+        task = task.first(common.examples)
+    if common.augment and task.kind != "image":
+        raise LabError(f"--augment shifts images, and {task.name} has none; leave it out")
+    for option, value in (("--target", common.target), ("--checkpoint-seconds", common.checkpoint_seconds)):
+        if value is not None and not math.isfinite(value):
+            raise LabError(f"{option} must be a finite number, not {value}")
+    if threads := common.threads or task.threads:
+        torch.set_num_threads(threads)
+    epochs = common.epochs or task.epochs
+    plan = Race(
+        task=task.name,
+        model=common.model or task.model,
+        optimizers=optimizers,
+        settings=settings,
+        seeds=seeds,
+        epochs=epochs,
+        batch_size=min(common.batch_size or task.batch_size, len(task.train[0])),
+        schedule=common.schedule.value,
+        warmup=common.warmup,
+        augment=common.augment,
+        examples=common.examples,
+        rates=rates,
+        tune_epochs=tune_epochs or epochs,
+        target=task.target if common.target is None else common.target,
+        device=device.type,
+        threads=torch.get_num_threads(),
+    )
+    check_race(plan, task)
+    words: list[str] = ctx.obj
+    folder = open_folder(common.out, str(ctx.info_name), plan, common.resume, words)
+    display = Display(_console(), count_steps(plan, task))
+    track = Track(task, folder, display, common.checkpoint_seconds, checkpoint_steps)
     try:
-        run_single(plan, track, command=shlex.join(["quadric", *ctx.obj]))
+        act(plan, track, command=shlex.join(["quadric", *words]))
     except KeyboardInterrupt:
-        raise _interrupted(ctx.obj, folder, out) from None
-    console.print(f"saved: {folder}", markup=False, highlight=False, soft_wrap=True)
+        raise _interrupted(words, folder, common.out) from None
 
 
 def open_folder(out: Path | None, kind: str, plan: "Race", resume: bool, words: Sequence[str]) -> Path:
@@ -289,7 +299,7 @@ def open_folder(out: Path | None, kind: str, plan: "Race", resume: bool, words: 
             raise LabError(f"cannot make the folder {folder} ({error.strerror}); choose another --out") from error
         write_json(file, {"arguments": list(words[1:]), **config})
         return folder
-    before = read_json(file)
+    before = read_json(file, remedy="choose another --out")
     keys = [key for key in config if before.get(key) != config[key]]
     if keys:
         old, new = json.dumps(before.get(keys[0])), json.dumps(config[keys[0]])
@@ -327,24 +337,11 @@ def _seeds(text: str, first: int) -> tuple[int, ...]:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if len(numbers) == 1 and "," not in text and numbers[0] > 0:
+    if len(numbers) == 1 and 0 < numbers[0] <= 1000:
         return tuple(range(first, first + numbers[0]))
-    if len(numbers) < 2 or len(set(numbers)) < len(numbers) or min(numbers) < 0:
+    if len(numbers) < 2 or len(set(numbers)) < len(numbers) or min(numbers) < 0 or max(numbers) > MAX_SEED:
         raise LabError(f"--seeds takes a number of seeds, or different seeds such as 0,1,2, not {text!r}")
     return tuple(numbers)
-
-
-def _load(task: str, text: Path | None, data_dir: Path | None, examples: int | None) -> "Task":
-    from quadric.lab.tasks import load_task, text_task_from
-
-    loaded = load_task(task, data_dir) if text is None else text_task_from(text)
-    return loaded if examples is None else loaded.first(examples)
-
-
-def _augmented(augment: bool, task: "Task") -> bool:
-    if augment and task.kind != "image":
-        raise LabError(f"--augment shifts images, and {task.name} has none; leave it out")
-    return augment
 
 
 def _console() -> Console:

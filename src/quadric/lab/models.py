@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quadric.lab import LabError
+from quadric.lab.tasks import Task
 
 
 def logistic(shape: Sequence[int], outputs: int) -> nn.Module:
@@ -194,27 +195,27 @@ MODELS: dict[str, tuple[Builder, tuple[str, ...]]] = {
 }
 
 
-def build_model(name: str, task_name: str, kind: str, shape: Sequence[int], outputs: int) -> nn.Module:
+def build_model(name: str, task: Task) -> nn.Module:
     """A freshly initialised network for a task; draws from torch's global generator.
 
     Args:
         name: One of ``MODELS``.
-        task_name: What the task is called in an error.
-        kind: What the inputs are: "image", "table" or "text".
-        shape: One input's shape.
-        outputs: Classes, alphabet, or numbers to predict.
+        task: Gives the kind and shape of the inputs and the number of outputs.
 
     Raises:
         LabError: When there is no such model, or it cannot take such inputs.
 
     Example:
-        >>> sum(p.numel() for p in build_model("logistic", "digits", "image", (1, 8, 8), 10).parameters())
+        >>> from quadric.lab.tasks import load_task
+        >>> sum(p.numel() for p in build_model("logistic", load_task("digits")).parameters())
         650
     """
     if name not in MODELS:
         raise LabError(f"there is no model {name!r}; choose one of {', '.join(MODELS)}")
     build, kinds = MODELS[name]
-    if kind not in kinds:
-        able = ", ".join(other for other, (_, takes) in MODELS.items() if kind in takes)
-        raise LabError(f"{name} takes {' or '.join(kinds)} inputs, and {task_name} has {kind}: choose --model {able}")
-    return build(shape, outputs)
+    if task.kind not in kinds:
+        able = ", ".join(other for other, (_, takes) in MODELS.items() if task.kind in takes)
+        raise LabError(
+            f"{name} takes {' or '.join(kinds)} inputs, and {task.name} has {task.kind}: choose --model {able}"
+        )
+    return build(task.shape, task.outputs)

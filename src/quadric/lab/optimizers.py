@@ -93,14 +93,6 @@ class MuonAdamW:
         self.adamw.load_state_dict(state["adamw"])
 
 
-def _of_parameters(optimizer: Callable[..., Any]) -> Callable[..., Any]:
-    # torch's optimizers take parameters; an entrant is built from the model, for those that need to know its layers.
-    def build(model: nn.Module, lr: float, **hyper: Any) -> Any:
-        return optimizer(model.parameters(), lr, **hyper)
-
-    return build
-
-
 @dataclass(frozen=True)
 class Entrant:
     """An optimizer that can race.
@@ -108,8 +100,8 @@ class Entrant:
     Args:
         name: For people.
         ours: Whether it is quadric's.
-        optimizer: The class whose keyword arguments ``--set`` may change.
-        build: (model, lr, **hyper-parameters) -> the optimizer.
+        optimizer: A class whose first argument is the parameters, or the ``model`` where it needs to know the layers;
+            its keyword arguments are what ``--set`` may change.
         lr: Learning rate where nothing is tuned.
         hyper: Hyper-parameters that differ from the class's defaults.
         samples_labels: Whether it observes a loss at labels sampled from the model in each step.
@@ -118,10 +110,14 @@ class Entrant:
     name: str
     ours: bool
     optimizer: Callable[..., Any]
-    build: Callable[..., Any]
     lr: float
     hyper: dict[str, Any]
     samples_labels: bool = False
+
+    def build(self, model: nn.Module, lr: float, hyper: Mapping[str, Any]) -> Any:
+        """The optimizer of a model."""
+        whole = "model" in inspect.signature(self.optimizer).parameters
+        return self.optimizer(model if whole else model.parameters(), lr, **hyper)
 
     def settings(self) -> dict[str, Any]:
         """Every keyword argument of the optimizer and its value in a race, without the learning rate."""
@@ -139,53 +135,14 @@ GINGER = {"damping": 1e-5, "clip": 1.0}
 
 # No weight decay anywhere: the race compares directions, and `--set adamw.weight_decay=0.01` gives it back.
 ENTRANTS: dict[str, Entrant] = {
-    "sgd": Entrant(
-        "SGD", False, torch.optim.SGD, _of_parameters(torch.optim.SGD), 0.1, {"momentum": 0.9, "weight_decay": 0.0}
-    ),
-    "adamw": Entrant(
-        "AdamW",
-        False,
-        torch.optim.AdamW,
-        _of_parameters(torch.optim.AdamW),
-        1e-3,
-        {"betas": (0.9, 0.999), "weight_decay": 0.0},
-    ),
-    "muon": Entrant("Muon", False, MuonAdamW, MuonAdamW, 3e-3, {}),
-    "mfac": Entrant(
-        "M-FAC",
-        True,
-        quadric.MFAC,
-        _of_parameters(quadric.MFAC),
-        1e-3,
-        {},
-    ),
-    "ginger": Entrant(
-        "Ginger",
-        True,
-        quadric.Ginger,
-        _of_parameters(quadric.Ginger),
-        1e-3,
-        dict(GINGER),
-    ),
-    "ginger-sampled": Entrant(
-        "Ginger (sampled)",
-        True,
-        quadric.Ginger,
-        _of_parameters(quadric.Ginger),
-        1e-3,
-        dict(GINGER),
-        samples_labels=True,
-    ),
-    "block-mean-adagrad": Entrant(
-        "Block mean AdaGrad",
-        True,
-        quadric.BlockMeanAdaGrad,
-        _of_parameters(quadric.BlockMeanAdaGrad),
-        3e-2,
-        {},
-    ),
+    "sgd": Entrant("SGD", False, torch.optim.SGD, 0.1, {"momentum": 0.9, "weight_decay": 0.0}),
+    "adamw": Entrant("AdamW", False, torch.optim.AdamW, 1e-3, {"betas": (0.9, 0.999), "weight_decay": 0.0}),
+    "muon": Entrant("Muon", False, MuonAdamW, 3e-3, {}),
+    "mfac": Entrant("M-FAC", True, quadric.MFAC, 1e-3, {}),
+    "ginger": Entrant("Ginger", True, quadric.Ginger, 1e-3, GINGER),
+    "ginger-sampled": Entrant("Ginger (sampled)", True, quadric.Ginger, 1e-3, GINGER, samples_labels=True),
+    "block-mean-adagrad": Entrant("Block mean AdaGrad", True, quadric.BlockMeanAdaGrad, 3e-2, {}),
 }
-DEFAULT_RACE = ("sgd", "adamw", "muon", "mfac", "ginger", "block-mean-adagrad")
 
 
 def find_entrant(name: str) -> Entrant:
@@ -271,7 +228,7 @@ def build_optimizer(name: str, model: nn.Module, lr: float, overrides: Mapping[s
                 raise LabError(f"--set {name}.{key}: torch has no dtype {hyper[key]!r}; try float32 or bfloat16")
             hyper[key] = dtype
     try:
-        return entrant.build(model, lr, **hyper)
+        return entrant.build(model, lr, hyper)
     except (ValueError, TypeError, RuntimeError) as error:
         raise LabError(f"{name} cannot be built: {' '.join(str(error).split())}") from error
 

@@ -16,10 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import matplotlib
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from sklearn.isotonic import isotonic_regression
 
 # name → (colour on light, colour on dark). Every light colour occurs once: `inline` finds them again by value.
 # The hues are those of Okabe and Ito, told apart under the common colour deficiencies; rivals take the quieter ones
@@ -313,20 +315,12 @@ def spread_out(positions: Sequence[float], gap: float) -> list[float]:
     >>> spread_out([0.0, 5.0, 5.0], 1.0)
     [0.0, 4.5, 5.5]
     """
-    order = sorted(range(len(positions)), key=lambda i: positions[i])
-    # With i·gap taken off, "apart by gap" reads "not decreasing": isotonic regression by pooling adjacent violators.
-    pools: list[tuple[float, int]] = []
-    for rank, i in enumerate(order):
-        mean, size = positions[i] - rank * gap, 1
-        while pools and pools[-1][0] > mean:
-            other, count = pools.pop()
-            mean, size = (mean * size + other * count) / (size + count), size + count
-        pools.append((mean, size))
-    moved = [0.0] * len(positions)
-    flat = [mean for mean, size in pools for _ in range(size)]
-    for rank, i in enumerate(order):
-        moved[i] = flat[rank] + rank * gap
-    return moved
+    order = np.argsort(positions, kind="stable")
+    apart = gap * np.arange(len(order))
+    moved = np.empty(len(order))
+    # With i·gap taken off, "apart by gap" reads "not decreasing".
+    moved[order] = isotonic_regression(np.asarray(positions, dtype=float)[order] - apart) + apart
+    return moved.tolist()
 
 
 def _figure(columns: int) -> tuple[Figure, list[Axes]]:

@@ -113,13 +113,9 @@ class Track:
     saving_seconds: float = 30.0
     saving_steps: int = 0
 
-    def saving(self, name: str) -> Saving:
-        """Checkpoints of one run.
-
-        Args:
-            name: The file, in the folder.
-        """
-        return Saving(self.folder / name, self.saving_seconds, self.saving_steps)
+    def saving(self, path: Path) -> Saving:
+        """Checkpoints of one run in a file."""
+        return Saving(path, self.saving_seconds, self.saving_steps)
 
 
 def log_grid(low: float, high: float, count: int) -> tuple[float, ...]:
@@ -166,7 +162,9 @@ def run_race(race: Race, track: Track, *, command: str) -> Path:
     write_json(track.folder / "results.json", results)
     results = read_json(track.folder / "results.json")  # what a reader of the file sees: no NaN, lists for tuples
     track.display.console.print(report.results_table(results))
-    return report.write_report(results, track.folder)
+    page = report.write_report(results, track.folder)
+    track.display.say(f"report: {page}")
+    return page
 
 
 def run_single(race: Race, track: Track, *, command: str) -> None:
@@ -187,33 +185,31 @@ def run_single(race: Race, track: Track, *, command: str) -> None:
     plan = race.plan(name, lr, seed, race.epochs)
     every = max(1, race.epochs // 20)  # a hundred epochs are twenty lines
     show = _watcher(track)
-    told = 0
 
     def watch(progress: Progress, loss: float) -> bool:
-        nonlocal told
-        if len(progress.history) > told:
-            told = len(progress.history)
-            last = progress.history[-1]
-            if told % every == 0 or told == race.epochs:
-                metric = format_metric(task, last["test_metric"])
-                losses = f"train loss {last['train_loss']:.4f}, test loss {last['test_loss']:.4f}"
-                display.say(f"epoch {told}/{race.epochs}: {losses}, {metric}, {last['seconds']:.1f} s")
+        last = progress.history[-1] if progress.history else {"step": 0}
+        if last["step"] == progress.step and (last["epoch"] % every == 0 or last["epoch"] == race.epochs):
+            metric = format_metric(task, last["test_metric"])
+            losses = f"train loss {last['train_loss']:.4f}, test loss {last['test_loss']:.4f}"
+            display.say(f"epoch {last['epoch']}/{race.epochs}: {losses}, {metric}, {last['seconds']:.1f} s")
         return show(progress, loss)
 
-    saving, scalars = track.saving("checkpoint.pt"), track.folder / "tensorboard"
+    saving, scalars = track.saving(track.folder / "checkpoint.pt"), track.folder / "tensorboard"
     with display.live():
-        display.begin(f"{name} on {task.name}", _steps(task, race.batch_size, race.epochs))
+        display.begin(f"{name} on {task.name}", count_steps(race, task))
         outcome = train(plan, task, torch.device(race.device), saving=saving, tensorboard=scalars, watch=watch)
     progress, model, optimizer = outcome
     save(saving.path, plan, progress, model, optimizer)
     tensors = {key: value.cpu().contiguous() for key, value in model.state_dict().items()}
     write_atomically(track.folder / "model.safetensors", lambda file: file.write(safetensors.torch.save(tensors)))
-    runs = {name: [describe_run(plan, progress, model, optimizer)]}
-    results = describe_race(race, task, {name: lr}, runs, {}, command=command, started=started)
+    run = describe_run(plan, progress, model, optimizer)
+    results = describe_race(race, task, {name: lr}, {name: [run]}, {}, command=command, started=started)
     write_json(track.folder / "results.json", results)
-    if progress.diverged or progress.error is not None:
-        raise LabError(f"{name}, seed {seed} {summary(task, progress)}; try a smaller --lr or --warmup", code=1)
-    display.say(f"{name}, seed {seed}: {summary(task, progress)}")
+    line = f"{name}, seed {seed}: {summary(task, run)}"
+    if progress.lost:
+        raise LabError(f"{line}; try a smaller --lr or --warmup, all is saved in {track.folder}", code=1)
+    display.say(line)
+    display.say(f"saved: {track.folder}")
 
 
 def describe_race(
@@ -237,7 +233,7 @@ def describe_race(
         command: The command line.
         started: Local date and time.
     """
-    model = build_model(race.model, task.name, task.kind, task.shape, task.outputs)
+    model = build_model(race.model, task)
     parameters = sum(p.numel() for p in model.parameters())
     examples = len(task.train[0])
     return {
@@ -249,7 +245,7 @@ def describe_race(
         f"{len(task.test[0]):,} test examples",
         "parameters": parameters,
         "epochs": race.epochs,
-        "steps": race.epochs * (examples // min(race.batch_size, examples)),
+        "steps": _steps(task, race.batch_size, race.epochs),
         "batch_size": race.batch_size,
         "schedule": race.schedule,
         "seeds": race.seeds,
@@ -296,7 +292,7 @@ def check_race(race: Race, task: Task) -> None:
         race: The race.
         task: Its task.
     """
-    model = build_model(race.model, task.name, task.kind, task.shape, task.outputs)
+    model = build_model(race.model, task)
     for name in race.optimizers:
         build_optimizer(name, model, 1e-3, race.plan(name, 1e-3, 0, 1).settings)
 
@@ -320,60 +316,60 @@ def _steps(task: Task, batch_size: int, epochs: int) -> int:
 
 def _trial(race: Race, track: Track, name: str, lr: float) -> dict[str, Any]:
     path = track.folder / "tuning" / f"{name}-lr{lr:g}.json"
-    task = track.task.for_tuning()
-    steps = _steps(task, race.batch_size, race.tune_epochs)
+    plan = race.plan(name, lr, race.tuning_seed, race.tune_epochs)
+    run = _finished(race, track, track.task.for_tuning(), plan, path, f"tuning {name}, lr {lr:g}")
+    lost = run["diverged"] or run["error"] is not None
+    last = {} if lost else run["history"][-1]
+    return {
+        "lr": lr,
+        "loss": last.get("test_loss"),
+        "metric": last.get("test_metric"),
+        "diverged": run["diverged"],
+        "error": run["error"],
+    }
+
+
+def _run(race: Race, track: Track, name: str, lr: float, seed: int) -> dict[str, Any]:
+    label = f"{name}, seed {seed}"
+    path = track.folder / "runs" / f"{name}-seed{seed}.json"
+    plan = race.plan(name, lr, seed, race.epochs)
+    run = _finished(race, track, track.task, plan, path, label, track.folder / "tensorboard" / path.stem)
+    track.display.say(f"{label}: {summary(track.task, run)}")
+    return run
+
+
+def _finished(
+    race: Race, track: Track, task: Task, plan: Plan, path: Path, label: str, tensorboard: Path | None = None
+) -> dict[str, Any]:
+    # The run that the file holds; trained first where there is no such file.
+    steps = _steps(task, plan.batch_size, plan.epochs)
     if not path.exists():
-        plan = race.plan(name, lr, race.tuning_seed, race.tune_epochs)
-        saving = track.saving(f"tuning/{name}-lr{lr:g}.checkpoint.pt")
-        track.display.begin(f"tuning {name}, lr {lr:g}", steps)
-        progress, _, _ = train(plan, task, torch.device(race.device), saving=saving, watch=_watcher(track))
-        failed = progress.diverged or progress.error is not None or not progress.history
-        last = {} if failed else progress.history[-1]
-        trial = {"lr": lr, "loss": last.get("test_loss"), "metric": last.get("test_metric"), "diverged": failed}
-        write_json(path, trial)
+        saving = track.saving(path.with_suffix(".checkpoint.pt"))
+        device = torch.device(race.device)
+        track.display.begin(label, steps)
+        outcome = train(plan, task, device, saving=saving, tensorboard=tensorboard, watch=_watcher(track))
+        write_json(path, describe_run(plan, *outcome))
         saving.path.unlink(missing_ok=True)
     track.display.end(steps)
-    return read_json(path)
+    return read_json(path, "seed", "steps", "diverged", "error", "seconds", "step_ms", "state_mb", "history")
 
 
 def _chosen_rate(race: Race, track: Track, name: str, trials: list[dict[str, Any]]) -> float:
     if not trials:
         return race.settings.get(name, {}).get("lr", find_entrant(name).lr)
-    finished = [trial for trial in trials if trial["metric"] is not None and trial["loss"] is not None]
+    finished = [trial for trial in trials if trial["metric"] is not None]
     if not finished:
         track.display.say(f"tuning {name}: no rate of the grid trains; it races with the smallest, {race.rates[0]:g}")
         return race.rates[0]
     sign = -1 if track.task.metric.higher_is_better else 1
     best = min(finished, key=lambda trial: (sign * trial["metric"], trial["loss"]))
-    line = f"tuning {name}: lr {best['lr']:g} of {len(trials)} tried, validation "
+    lost = f" ({len(trials) - len(finished)} lost)" if len(finished) < len(trials) else ""
+    line = f"tuning {name}: lr {best['lr']:g} of {len(trials)} tried{lost}, validation "
     line += format_metric(track.task, best["metric"])
     if len(trials) > 1 and best["lr"] in (race.rates[0], race.rates[-1]):
         line += " (an end of the grid: a wider --lr-range may serve it better)"
     track.display.say(line)
     return best["lr"]
-
-
-def _run(race: Race, track: Track, name: str, lr: float, seed: int) -> dict[str, Any]:
-    label = f"{name}-seed{seed}"
-    path = track.folder / "runs" / f"{label}.json"
-    steps = _steps(track.task, race.batch_size, race.epochs)
-    if not path.exists():
-        plan = race.plan(name, lr, seed, race.epochs)
-        saving = track.saving(f"runs/{label}.checkpoint.pt")
-        track.display.begin(f"{name}, seed {seed}", steps)
-        progress, model, optimizer = train(
-            plan,
-            track.task,
-            torch.device(race.device),
-            saving=saving,
-            tensorboard=track.folder / "tensorboard" / label,
-            watch=_watcher(track),
-        )
-        write_json(path, describe_run(plan, progress, model, optimizer))
-        saving.path.unlink(missing_ok=True)
-        track.display.say(f"{name}, seed {seed}: {summary(track.task, progress)}")
-    track.display.end(steps)
-    return read_json(path)
 
 
 def _watcher(track: Track) -> Watch:
@@ -385,27 +381,17 @@ def _watcher(track: Track) -> Watch:
 
 
 def format_metric(task: Task, value: float) -> str:
-    """A metric as a person reads it.
-
-    Args:
-        task: Whose metric.
-        value: The value.
-    """
+    """A metric as a person reads it."""
     digits = f"{value:.2f}" if task.metric.unit == "%" else f"{value:.4g}"
     return f"{task.metric.name} {digits} {task.metric.unit}".rstrip()
 
 
-def summary(task: Task, progress: Progress) -> str:
-    """How a run ended, in one line.
-
-    Args:
-        task: Its task.
-        progress: How it went.
-    """
-    if progress.error is not None:
-        return f"stopped at step {progress.step}: {progress.error}"
-    if progress.diverged:
-        return f"diverged at step {progress.step}"
-    last = progress.history[-1]
+def summary(task: Task, run: Mapping[str, Any]) -> str:
+    """How a run ended, in one line."""
+    if run["error"] is not None:
+        return f"failed after step {run['steps']}: {run['error']}"
+    if run["diverged"]:
+        return f"diverged after step {run['steps']}"
+    last = run["history"][-1]
     metric = format_metric(task, last["test_metric"])
-    return f"{metric}, test loss {last['test_loss']:.4g}, {progress.seconds:.1f} s of training"
+    return f"{metric}, test loss {last['test_loss']:.4g}, {run['seconds']:.1f} s of training"

@@ -144,8 +144,7 @@ def _tried(standing: Standing, tuning: dict[str, Any]) -> list[dict[str, Any]]:
 def _trials(standing: Standing, tuning: dict[str, Any]) -> plots.Trials:
     good, lost = [], []
     for trial in _tried(standing, tuning):
-        loss = None if trial["diverged"] else finite(trial["loss"])
-        if loss is None:
+        if (loss := finite(trial["loss"])) is None:
             lost.append(trial["lr"])
         else:
             good.append((trial["lr"], loss))
@@ -251,23 +250,25 @@ def _tuning(results: dict[str, Any], ranked: Sequence[Standing], pictures: dict[
     for s in ranked:
         tried = _tried(s, tuning)
         chosen = next((t for t in tried if t["lr"] == s.hyperparameters.get("lr")), {"loss": None, "metric": None})
-        lost = sum(t["diverged"] for t in tried)
+        lost = sum(finite(t["loss"]) is None for t in tried)
         cells = [number(finite(s.hyperparameters.get("lr"))), number(finite(chosen["loss"]))]
         cells += [number(finite(chosen["metric"]), 4), f"{lost} of {len(tried)}"]
         rows += f"<tr><th scope=row>{_swatch(s.style)}{_text(s.name)}</th>"
         rows += "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>"
-    titles = ["optimizer", "chosen lr", "validation loss", f"{metric['name']}{unit_of(metric)}", "diverged"]
+    titles = ["optimizer", "chosen lr", "validation loss", f"{metric['name']}{unit_of(metric)}", "lost"]
     head = "".join(f"<th scope=col>{_text(title)}</th>" for title in titles)
     edge = [s.name for s in ranked if s.hyperparameters.get("lr") in (min(grid), max(grid))]
-    warning = f"{', '.join(edge)}: chosen at the edge of the grid; a better rate may lie beyond it." if edge else ""
-    caption = (
-        "Validation loss against learning rate. Ring: the rate chosen. × at the top: diverged, or far off the scale."
-    )
+    notes = [f"{', '.join(edge)}: chosen at the edge of the grid; a better rate may lie beyond it."] if edge else []
+    refused: dict[tuple[str, str], list[str]] = {}
+    for name, trial in ((s.name, trial) for s in ranked for trial in _tried(s, tuning) if trial["error"] is not None):
+        refused.setdefault((name, trial["error"]), []).append(number(trial["lr"]))
+    notes += [f"{name} at {', '.join(rates)}: {error}" for (name, error), rates in refused.items()]
+    caption = "Validation loss against learning rate. Ring: the rate chosen. × at the top: lost, or far off the scale."
     return (
         f'<section><h2>Tuning</h2><p class=note>{_text(words)}</p><div class="plots">'
         f'{_picture(pictures, "tuning", caption)}<div class="scroll"><table class="small">'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-        f"<p class=note>{_text(warning)}</p></div></div></section>"
+        f"{''.join(f'<p class=note>{_text(note)}</p>' for note in notes)}</div></div></section>"
     )
 
 
@@ -300,7 +301,7 @@ def _raw(results: dict[str, Any], ranked: Sequence[Standing]) -> str:
         for run in s.runs:
             losses = [number(finite(run.last[key]), 5) for key in ("train_loss", "test_loss", "test_metric")]
             costs = [number(value, 4) for value in (run.seconds, run.reached, run.step_ms, run.memory)]
-            cells = [run.seed, run.words, run.last["step"], *losses, *costs]
+            cells = [run.seed, run.words, run.steps, *losses, *costs]
             body += f"<tr><th scope=row>{_swatch(s.style)}{_text(s.name)}</th>"
             body += (
                 "".join(f"<td{' class=words' if i == 1 else ''}>{_text(c)}</td>" for i, c in enumerate(cells)) + "</tr>"

@@ -44,6 +44,7 @@ class Outcome:
     """One run in numbers: where it ended, what it took, and in words whether it finished."""
 
     seed: int
+    steps: int
     finished: bool
     words: str
     last: dict[str, Any]
@@ -258,14 +259,14 @@ def goal(results: dict[str, Any]) -> str:
 
 def _outcome(run: dict[str, Any], results: dict[str, Any]) -> Outcome:
     history, target, up = run["history"], results["target"], results["metric"]["higher_is_better"]
-    last = history[-1] if history else {"step": 0, "train_loss": None, "test_loss": None, "test_metric": None}
+    last = history[-1] if history else {"train_loss": None, "test_loss": None, "test_metric": None}
     finished = not run["diverged"] and run["error"] is None and finite(last["test_metric"]) is not None
     if run["error"] is not None:
-        words = f"failed after step {last['step']}: {printable(run['error'])}"
+        words = f"failed after step {run['steps']}: {printable(run['error'])}"
     elif finished:
         words = "finished"
     else:
-        words = f"diverged after step {last['step']}" if run["diverged"] else "ended without a finite test metric"
+        words = f"diverged after step {run['steps']}" if run["diverged"] else "ended without a finite test metric"
     reached = None
     if finished and target is not None:
         hits = (
@@ -273,9 +274,17 @@ def _outcome(run: dict[str, Any], results: dict[str, Any]) -> Outcome:
         )
         reached = finite(next(hits, {"seconds": None})["seconds"])
     return Outcome(
-        run["seed"], finished, words, last, history, finite(run["seconds"]), reached, finite(run["step_ms"]),
-        finite(run["state_mb"]),
-    )  # fmt: skip
+        seed=run["seed"],
+        steps=run["steps"],
+        finished=finished,
+        words=words,
+        last=last,
+        history=history,
+        seconds=finite(run["seconds"]),
+        reached=reached,
+        step_ms=finite(run["step_ms"]),
+        memory=finite(run["state_mb"]),
+    )
 
 
 def _opponent(first: Standing, judged: Sequence[Standing]) -> Standing | None:

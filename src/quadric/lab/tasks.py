@@ -6,8 +6,6 @@ alone, so the code that tunes cannot see a test example.
 
 import lzma
 import math
-import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quadric.lab import LabError
-from quadric.lab.checkpoint import write_atomically
+from quadric.lab.checkpoint import DAMAGED, write_atomically
 
 CACHE = Path.home() / ".cache" / "quadric"
 TEXT_LENGTH = 128  # tokens a language model sees
@@ -444,10 +442,6 @@ def load_task(name: str, data_dir: Path | None = None) -> Task:
 TASKS = ("digits", *IMAGE_SETS, "shakespeare", "regression")
 
 
-# numpy's, zipfile's and lzma's ways to say that a file is not what it should be
-DAMAGED = (OSError, ValueError, KeyError, EOFError, NotImplementedError, zipfile.BadZipFile, zlib.error, lzma.LZMAError)
-
-
 def array_names(path: Path) -> list[str]:
     """Names of the arrays in an .npz file.
 
@@ -464,7 +458,7 @@ def array_names(path: Path) -> list[str]:
         raise LabError(
             f"there is no {path.name} in {path.parent}; put it there or choose another --data-dir"
         ) from error
-    except (*DAMAGED, AttributeError) as error:  # AttributeError: a bare .npy array, which is no archive
+    except DAMAGED as error:
         raise LabError(f"{path} is damaged or not an .npz file; fetch it again") from error
 
 

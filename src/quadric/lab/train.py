@@ -66,7 +66,7 @@ class Progress:
         seconds: Spent in training steps; evaluation and checkpoints are not counted.
         recent: Seconds of the latest steps.
         history: One record an epoch.
-        diverged: Whether the loss stopped being finite.
+        diverged: Whether the training or the test loss stopped being finite.
         error: What the optimizer (or torch) refused to do, which ended the run.
     """
 
@@ -77,6 +77,11 @@ class Progress:
     history: list[dict[str, Any]] = field(default_factory=list)
     diverged: bool = False
     error: str | None = None
+
+    @property
+    def lost(self) -> bool:
+        """Whether the run ended before its last step."""
+        return self.diverged or self.error is not None
 
 
 @dataclass(frozen=True)
@@ -132,7 +137,7 @@ def train(
     entrant = find_entrant(plan.optimizer)
 
     torch.manual_seed(plan.seed)
-    model = build_model(plan.model, task.name, task.kind, task.shape, task.outputs).to(device)
+    model = build_model(plan.model, task).to(device)
     optimizer = build_optimizer(plan.optimizer, model, plan.lr, plan.settings)
     progress = Progress()
     if saving is not None and saving.path.exists():
@@ -140,7 +145,7 @@ def train(
     scalars = None if tensorboard is None else ScalarLog(tensorboard, progress.history)
 
     order, saved = Tensor(), time.monotonic()
-    while progress.step < total and not progress.diverged and progress.error is None:
+    while progress.step < total and not progress.lost:
         epoch, batch = divmod(progress.step, steps_per_epoch)
         if batch == 0 or len(order) == 0:
             order = epoch_order(plan.seed, epoch, len(inputs)).to(device)
@@ -187,6 +192,7 @@ def train(
             }
             progress.history.append(record)
             progress.loss_sum = 0.0
+            progress.diverged = not math.isfinite(test_loss)
             if scalars is not None:
                 scalars.add(record)
         stop = watch is not None and watch(progress, value)
@@ -334,6 +340,7 @@ def describe_run(plan: Plan, progress: Progress, model: nn.Module, optimizer: An
     """
     return {
         "seed": plan.seed,
+        "steps": progress.step,
         "diverged": progress.diverged,
         "error": progress.error,
         "seconds": progress.seconds,
@@ -352,22 +359,9 @@ def choose_device(name: str) -> torch.device:
     Raises:
         LabError: When there is no such device here.
     """
-    if name not in ("cpu", "cuda", "auto"):
-        raise LabError(f"--device is cpu, cuda or auto, not {name!r}")
     if name == "cuda" and not torch.cuda.is_available():
         raise LabError("--device cuda: torch sees no CUDA device here; use --device cpu or auto")
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def set_threads(wanted: int | None) -> int:
-    """Set how many CPU threads torch uses, and say how many those are.
-
-    Args:
-        wanted: How many; None keeps torch's choice.
-    """
-    if wanted is not None:
-        torch.set_num_threads(wanted)
-    return torch.get_num_threads()
 
 
 def make_reproducible(device: torch.device) -> None:
