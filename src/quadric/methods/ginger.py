@@ -264,6 +264,8 @@ def sampled_loss(outputs: Tensor, kind: str = "categorical", *, generator: torch
         >>> sampled_loss(torch.tensor([[100.0, 0.0]]), kind="categorical").item()
         0.0
     """
+    if kind == "categorical" and not outputs.ndim:
+        raise ValueError("outputs of shape () are no logits: pass one for each class along the last axis")
     if outputs.numel() == 0 or not bool(torch.isfinite(outputs).all()):
         found = "no number" if outputs.numel() == 0 else outputs[~torch.isfinite(outputs)][0].item()
         raise ValueError(
@@ -372,13 +374,17 @@ class Ginger(CurvatureOptimizer):
             loss: ``sampled_loss(outputs)`` of the model's outputs.
 
         Raises:
-            RuntimeError: if a gradient of the loss is not finite; the observation is dropped then.
+            RuntimeError: if no parameter has a gradient or one is not finite; the observation is dropped then.
         """
         places = [(k, i) for k, group in enumerate(self.param_groups) for i in range(len(group["params"]))]
         params = {(k, i): self.param_groups[k]["params"][i] for k, i in places}
         params = {place: p for place, p in params.items() if p.requires_grad}
         grads = torch.autograd.grad(loss, list(params.values()), retain_graph=True, allow_unused=True)
         found = {place: grad for place, grad in zip(params, grads, strict=True) if grad is not None}
+        if not found:
+            raise RuntimeError(
+                "the observed loss depends on no parameter: pass sampled_loss(outputs) of outputs with their graph"
+            )
         norms = torch.stack([torch.linalg.vector_norm(grad).cpu() for grad in found.values()])
         if not bool(torch.isfinite(norms).all()):
             raise RuntimeError(f"the observed loss {loss.item():g} has gradients that are not finite: skip this batch")
