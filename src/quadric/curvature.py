@@ -113,8 +113,9 @@ class Curvature(nn.Module, ABC):
         self.updates = int(state)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:  # pyright: ignore
-        # A buffer that no observation has made yet is empty, and takes its shape and type from what is loaded.
+        # A buffer that no observation has made yet, here or there, is empty: it takes its shape and type from there.
         for name, buffer in self._buffers.items():
-            if buffer is not None and not buffer.numel() and prefix + name in state_dict:
-                self._buffers[name] = torch.empty_like(state_dict[prefix + name])
+            loaded = state_dict.get(prefix + name)
+            if buffer is not None and loaded is not None and not (buffer.numel() and loaded.numel()):
+                self._buffers[name] = torch.empty_like(loaded)
         super()._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore[reportCallIssue]
