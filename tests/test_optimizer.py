@@ -34,7 +34,7 @@ OPTIMIZERS = {
     ),
     "block-mean": lambda params, **given: quadric.BlockMeanAdaGrad(params, **{"lr": 0.05, "refresh_every": 3} | given),
     "block-mean-plain": lambda params, **given: quadric.BlockMeanAdaGrad(
-        params, **{"lr": 0.05, "refresh_every": 4, "whiten": False, "decay": 0.9} | given
+        params, **{"lr": 0.05, "refresh_every": 4, "whiten": False, "decay": 0.9, "damping": 0.1} | given
     ),
 }
 SHAPES = [(4, 3), (5,), (), (2, 3, 2)]
