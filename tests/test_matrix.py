@@ -171,7 +171,7 @@ def test_low_rank_refuses_a_bad_damping(damping):
 def test_low_rank_refuses_bad_rows(rows, shown):
     with pytest.raises(ValueError, match=rf"rows.*{shown}.*: .+"):
         LowRank(rows, 1.0)
-    with pytest.raises(ValueError, match="block_size must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="block_size must be an integer of at least 1, got 0"):
         LowRank(torch.ones(1, 2), 1.0, block_size=0)
 
 

@@ -574,6 +574,29 @@ def test_an_odd_gradient_is_one_error_and_nothing_changes(make, kind, when):
     assert same(snapshot(optimizer, params), snapshot(undisturbed, reference))
 
 
+def test_squares_that_overflow_only_together_are_refused(make):
+    params = parameters([(3, 5)] * 6)
+    optimizer = make(params)
+    for p in params:
+        p.grad = torch.full_like(p, 4e18)  # the squares of one parameter add up to 2.4e38
+    before = snapshot(optimizer, params)
+    with pytest.raises(RuntimeError, match=r"4e\+18; nothing was changed: .+"):
+        optimizer.step()
+    assert same(snapshot(optimizer, params), before)
+
+
+def test_a_refused_first_step_leaves_no_block_behind(make):
+    params, reference = parameters(), parameters()
+    optimizer, undisturbed = make(params), make(reference)
+    params[1].grad = torch.full_like(params[1], math.nan)
+    with pytest.raises(RuntimeError, match=r"parameter 0 of group 0|parameter 1 of group 0"):
+        optimizer.step()
+    assert optimizer.state_dict()["state"] == {}
+    walk(optimizer, params)
+    walk(undisturbed, reference)
+    assert same(snapshot(optimizer, params), snapshot(undisturbed, reference))
+
+
 def test_complex_parameters_are_refused(make):
     params = [*parameters(), nn.Parameter(torch.ones(2, dtype=torch.complex64))]
     optimizer = make(params)
@@ -787,8 +810,43 @@ def test_a_state_of_another_optimizer_is_refused(make):
     foreign = torch.optim.SGD(params, momentum=0.9)
     walk(foreign, params, range(1))
     optimizer = make(params)
-    with pytest.raises(ValueError, match="state"):
+    before = snapshot(optimizer, params)
+    with pytest.raises(ValueError, match=r"state_dict has no .*damping.*: load the state of a"):
         optimizer.load_state_dict(foreign.state_dict())
+    assert same(snapshot(optimizer, params), before)
+    assert same(optimizer.param_groups[0]["lr"], 0.05)
+
+
+def test_a_state_of_another_model_is_refused(make):
+    params = parameters()
+    optimizer = make(params)
+    walk(optimizer, params, range(2))
+    state = optimizer.state_dict()
+    others = parameters([(4, 3), (5,), (), (2, 2, 3)])
+    resumed = make(others)
+    walk(resumed, others, range(2))
+    before = snapshot(resumed, others)
+    if not any(value.ndim > 2 for value in state["state"][3].values()):
+        pytest.skip("no state by coordinates")
+    with pytest.raises(ValueError, match=r"2, 3, 2\) for parameter 3 of shape \(2, 2, 3\): .+"):
+        resumed.load_state_dict(state)
+    assert same(snapshot(resumed, others), before)
+
+
+def test_hyper_parameters_come_from_the_file(make):
+    params = parameters()
+    optimizer = make(params, damping=0.5, lr=0.02)
+    walk(optimizer, params, range(5))
+    again = [nn.Parameter(p.detach().clone()) for p in params]
+    structural = {"window": 7, "rank": 4, "refresh_every": 11}
+    resumed = make(again, **{k: v for k, v in structural.items() if k in optimizer.defaults})
+    walk(resumed, again, range(3))
+    for p, q in zip(again, params, strict=True):
+        p.data.copy_(q.data)
+    resumed.load_state_dict(optimizer.state_dict())
+    walk(optimizer, params, range(5, 9))
+    walk(resumed, again, range(5, 9))
+    assert same(snapshot(optimizer, params), snapshot(resumed, again))
 
 
 @pytest.mark.filterwarnings("ignore:torch.distributed is disabled")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -183,11 +183,10 @@ class CurvatureOptimizer(Optimizer, ABC):
 
     def _gather(self, block: Block, grads: list[Tensor | None], out: Tensor) -> None:
         """Write gradients, zeros where there is none, into the columns of a flat tensor: one launch."""
+        refuse_sparse(grad for grad in grads if grad is not None)
         zero = out.new_zeros(())
         pieces, at = [], 0
         for grad, shape, (start, stop) in zip(grads, block.shapes, block.spans, strict=True):
-            if grad is not None and grad.layout != torch.strided:
-                raise RuntimeError(f"{grad.layout} gradients are not supported: make the layer with sparse=False")
             if grad is not None and grad.shape != shape:
                 raise RuntimeError(
                     f"a gradient of shape {tuple(grad.shape)} for a parameter that had {tuple(shape)} before: "
@@ -202,18 +201,18 @@ class CurvatureOptimizer(Optimizer, ABC):
         """Raise if any flat gradient is not finite, at the price of one dot product each and one synchronisation."""
         # All of them are launched before the first is waited for.
         squares = [torch.dot(block.gradient, block.gradient) for _, block in work]
-        if all(math.isfinite(square) for square in squares):
-            return
-        for group, block in work:
-            for i, (start, stop) in zip(block.members, block.spans, strict=True):
-                part = block.gradient[start:stop]
-                if not bool(torch.isfinite(torch.dot(part, part))):
-                    finite = part.isfinite()
-                    worst = part.abs().max() if bool(finite.all()) else part[~finite][0]
-                    raise RuntimeError(
-                        f"the gradient of parameter {i} (shape {tuple(group['params'][i].shape)}) holds {worst:g}; "
-                        "nothing was changed: skip this batch, clip the gradients, lower lr, or use a GradScaler"
-                    )
+        for (group, block), square in zip(work, squares, strict=True):
+            if not math.isfinite(square):
+                parts = [block.gradient[start:stop] for start, stop in block.spans]
+                sizes = [float(part.abs().max().nan_to_num(math.inf)) for part in parts]
+                k = sizes.index(max(sizes))  # the sum of all squares may overflow where no parameter's does
+                odd = parts[k][~parts[k].isfinite()]
+                shape = tuple(group["params"][block.members[k]].shape)
+                raise RuntimeError(
+                    f"the gradient of parameter {block.members[k]} of group {block.group} (shape {shape}) holds "
+                    f"{float(odd[0]) if len(odd) else sizes[k]:g}; nothing was changed: skip this batch, clip the "
+                    "gradients, lower lr, or use a GradScaler"
+                )
 
     # State: flat while it runs, per parameter for everyone else.
 
@@ -284,7 +283,7 @@ class CurvatureOptimizer(Optimizer, ABC):
             state_dict: what :meth:`state_dict` gave. A schedule is not part of it: the present one stays.
 
         Raises:
-            ValueError: if it is the state of another optimizer; nothing is changed then.
+            ValueError: if it is the state of another optimizer or model; nothing is changed then.
         """
         given: dict[str, Any] = {}
 
@@ -298,6 +297,15 @@ class CurvatureOptimizer(Optimizer, ABC):
                 raise ValueError(
                     f"the state_dict has no {', '.join(missing)}: load the state of a {type(self).__name__} optimizer"
                 )
+            pairs = zip((key for saved in groups for key in saved["params"]), self._all_params(), strict=False)
+            for key, p in pairs:
+                for name, value in state["state"].get(key, {}).items():
+                    apart = name in ("step", "block") or name.startswith("shared_")
+                    if not apart and value.shape[max(0, value.ndim - p.ndim) :] != p.shape:
+                        raise ValueError(
+                            f"the state_dict holds {name} of shape {tuple(value.shape)} for parameter {key} of shape "
+                            f"{tuple(p.shape)}: load the state that was saved with this model"
+                        )
             given.update(state, param_groups=groups)
             return given
 
@@ -305,10 +313,9 @@ class CurvatureOptimizer(Optimizer, ABC):
             # torch has cast the state to the type of each parameter: take it once more as it was, so that the curvature
             # of bfloat16 parameters stays in float32.
             keys = [key for saved in given["param_groups"] for key in saved["params"]]
-            params = [p for group in self.param_groups for p in group["params"]]
             self.state = {
                 p: {k: v.to(p.device) for k, v in given["state"][key].items()}
-                for key, p in zip(keys, params, strict=True)
+                for key, p in zip(keys, self._all_params(), strict=True)
                 if key in given["state"]
             }
             for place, group in enumerate(self.param_groups):
@@ -324,6 +331,9 @@ class CurvatureOptimizer(Optimizer, ABC):
             for hook in hooks:
                 hook.remove()
 
+    def _all_params(self) -> list[Tensor]:
+        return [p for group in self.param_groups for p in group["params"]]
+
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__({name: value for name, value in state.items() if name != "state"})
         self.state = state["state"]  # pyright: ignore[reportIncompatibleVariableOverride]
@@ -337,3 +347,14 @@ def require(valid: bool, name: str, value: Any, condition: str, remedy: str) -> 
     """
     if not valid:
         raise ValueError(f"{name} must satisfy {condition}, got {value}: {remedy}")
+
+
+def refuse_sparse(gradients: Iterable[Tensor]) -> None:
+    """Refuse gradients that are not strided.
+
+    Raises:
+        RuntimeError: if there is one.
+    """
+    for gradient in gradients:
+        if gradient.layout != torch.strided:
+            raise RuntimeError(f"{gradient.layout} gradients are not supported: make the layer with sparse=False")

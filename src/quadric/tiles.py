@@ -41,8 +41,8 @@ class Tiles:
     @classmethod
     def runs(cls, dim: int, block_size: int | None) -> Tiles:
         """``dim`` columns as one block or, with ``block_size``, in blocks of so many, the last one shorter."""
-        if block_size is not None and block_size < 1:
-            raise ValueError(f"block_size must be at least 1, got {block_size}: leave it out for one block")
+        if block_size is not None and not (isinstance(block_size, int) and block_size >= 1):
+            raise ValueError(f"block_size must be an integer of at least 1, got {block_size}: None makes one block")
         if block_size is None or block_size >= dim:
             return cls([dim])
         rest = dim % block_size

@@ -127,6 +127,12 @@ def test_a_loss_that_reaches_no_parameter_is_refused():
         optimizer.observe(torch.ones(2, requires_grad=True).sum())
 
 
+def test_sparse_observations_are_refused():
+    embedding = nn.Embedding(5, 2, sparse=True)
+    with pytest.raises(RuntimeError, match=r"sparse.*: make the layer with sparse=False"):
+        Ginger(embedding.parameters()).observe(embedding(torch.tensor([1])).sum())
+
+
 def test_a_skipped_tensor_goes_on_as_if_the_step_had_not_been():
     start, *gradients = draws(20, sum(SIZES))
     params, alone = parameters(start), parameters(start)
@@ -312,6 +318,9 @@ def test_sampled_loss_refuses(outputs, kind, shown):
     ("given", "shown"),
     [
         ({"rank": 0}, "0"),
+        ({"rank": 2.5}, r"2\.5"),
+        ({"betas": (0.9,)}, r"\(0\.9,\)"),
+        ({"betas": 0.9}, r"0\.9"),
         ({"betas": (1.0, 0.9)}, r"1\.0"),
         ({"betas": (0.9, 1.0)}, r"1\.0"),
         ({"betas": (-0.1, 0.9)}, r"-0\.1"),

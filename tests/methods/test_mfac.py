@@ -174,6 +174,17 @@ def test_rows_that_repeat_and_vanish():
             assert bool(torch.isfinite(estimate.solve_newest()).all())
 
 
+@pytest.mark.parametrize("window", [3, 64])
+def test_half_precision_windows_saturate(window):
+    estimate = GradientWindow(4, window, 0.1, dtype=torch.float16)
+    for size in (1.0, 1e6, -1e30, 1.0):
+        estimate.update(torch.full((4,), size))
+        assert bool(torch.isfinite(estimate.solve_newest()).all())
+        assert bool(torch.isfinite(estimate.matrix().diagonal(-1)).all())
+    with pytest.raises(ValueError, match=r"got torch\.int32: .+"):
+        MFAC([nn.Parameter(torch.ones(2))], window_dtype=torch.int32)
+
+
 def test_momentum_of_a_parameter_without_gradient_waits():
     start, *gradients = draws(6, DIM)
     params = parameters(start)
@@ -205,6 +216,8 @@ def test_schedules_of_the_damping():
     [
         ({"window": 0}, "0"),
         ({"window": -4}, "-4"),
+        ({"window": 2.5}, r"2\.5"),
+        ({"block_size": 2.5}, r"2\.5"),
         ({"momentum": 1.0}, r"1\.0"),
         ({"momentum": -0.1}, r"-0\.1"),
         ({"momentum": math.nan}, "nan"),

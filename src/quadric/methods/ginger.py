@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 from quadric.curvature import Curvature, Schedule
 from quadric.matrix import LowRank
-from quadric.optimizer import Block, CurvatureOptimizer, require
+from quadric.optimizer import Block, CurvatureOptimizer, refuse_sparse, require
 from quadric.tiles import Tiles, combine, project, remix_, wide
 
 __all__ = ["Ginger", "HeaviestDirections", "sampled_loss"]
@@ -99,7 +99,7 @@ class HeaviestDirections(Curvature):
     def __init__(self, dim: int, rank: int, decay: float, damping: Schedule, *, sizes: list[int] | None = None):
         super().__init__(Tiles(sizes or [dim]), damping)
         require(self.dim == dim, "sizes", sizes, f"the sizes add up to dim = {dim}", "leave them out for one block")
-        require(rank >= 1, "rank", rank, "rank ≥ 1", "4 to 16 are usual")
+        require(isinstance(rank, int) and rank >= 1, "rank", rank, "rank ≥ 1, an integer", "4 to 16 are usual")
         require(0 <= decay < 1, "decay", decay, "0 ≤ decay < 1", "0.99 is usual")
         self.rank, self.decay = rank, decay
         # Rows and average after a compression, then room for the vectors up to the next.
@@ -359,8 +359,11 @@ class Ginger(CurvatureOptimizer):
 
     def check(self, group: dict[str, Any]) -> None:  # noqa: D102
         super().check(group)
-        HeaviestDirections(1, group["rank"], group["betas"][1], group["damping"])
-        require(0 <= group["betas"][0] < 1, "betas[0]", group["betas"][0], "0 ≤ betas[0] < 1", "0.9 is usual")
+        betas = group["betas"]
+        pair = isinstance(betas, tuple | list) and len(betas) == 2
+        require(pair, "betas", betas, "a pair of numbers", "(0.9, 0.99) is usual")
+        require(0 <= betas[0] < 1, "betas[0]", betas[0], "0 ≤ betas[0] < 1", "0.9 is usual")
+        HeaviestDirections(1, group["rank"], betas[1], group["damping"])
         clip = group["clip"]
         require(clip is None or clip > 0, "clip", clip, "clip > 0", "None turns it off")
 
@@ -385,6 +388,7 @@ class Ginger(CurvatureOptimizer):
             raise RuntimeError(
                 "the observed loss depends on no parameter: pass sampled_loss(outputs) of outputs with their graph"
             )
+        refuse_sparse(found.values())
         norms = torch.stack([torch.linalg.vector_norm(grad).cpu() for grad in found.values()])
         if not bool(torch.isfinite(norms).all()):
             raise RuntimeError(f"the observed loss {loss.item():g} has gradients that are not finite: skip this batch")

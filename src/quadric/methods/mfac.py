@@ -78,7 +78,10 @@ class GradientWindow(Curvature):
         dtype: torch.dtype | None = None,
     ):
         super().__init__(Tiles.runs(dim, block_size), damping)
-        require(window >= 1, "window", window, "window ≥ 1", "64 to 1024 gradients are usual")
+        whole = isinstance(window, int) and window >= 1
+        require(whole, "window", window, "window ≥ 1, an integer", "64 to 1024 gradients are usual")
+        real = dtype is None or dtype.is_floating_point
+        require(real, "dtype", dtype, "a floating-point type or None", "torch.bfloat16 halves the memory")
         self.window, self.dtype = window, dtype
         # Blocks shorter than the window: their own covariance is smaller than the Gram matrix of the rows.
         self.by_column = self.tiles.one_each and self.tiles.width < window
@@ -105,6 +108,8 @@ class GradientWindow(Curvature):
             self._make(self.dtype or observation.dtype, observation.device)
         row, sums = self.updates % self.window, torch.promote_types(observation.dtype, torch.float32)
         old = self._column(row) if self.by_column else None
+        if self.rows.dtype == torch.float16:  # the one type with a range that gradients leave
+            observation = observation.clamp(-65504, 65504)
         self.rows[:, row] = self.tiles.cut(observation)
         self.updates += 1
         if old is not None:
@@ -221,7 +226,8 @@ class MFAC(CurvatureOptimizer):
     def check(self, group: dict[str, Any]) -> None:  # noqa: D102
         super().check(group)
         require(0 <= group["momentum"] < 1, "momentum", group["momentum"], "0 ≤ momentum < 1", "0.9 is usual")
-        GradientWindow(1, group["window"], group["damping"], block_size=group["block_size"])
+        types = {"block_size": group["block_size"], "dtype": group["window_dtype"]}
+        GradientWindow(1, group["window"], group["damping"], **types)
 
     def curvature(self, params: list[list[Tensor]], group: dict[str, Any]) -> GradientWindow:  # noqa: D102
         dim = sum(p.numel() for p in params[0])
