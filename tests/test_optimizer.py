@@ -12,6 +12,8 @@ import pickle
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict, set_optimizer_state_dict
 
@@ -756,6 +758,30 @@ def test_resume_is_bitwise(make, dtype):
         walk(optimizer, params, [step])
         walk(resumed, again, [step])
         assert same(snapshot(optimizer, params), snapshot(resumed, again))
+
+
+@settings(deadline=None, max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    present=st.lists(st.lists(st.booleans(), min_size=4, max_size=4), min_size=2, max_size=8),
+    saved=st.integers(0, 7),
+)
+def test_resume_is_bitwise_whichever_gradients_come_and_go(make, present, saved):
+    params = parameters()
+    optimizer = make(params, weight_decay=0.01)
+    again, resumed = params, optimizer
+    for step, has in enumerate(present):
+        if step == saved:
+            again = [nn.Parameter(p.detach().clone()) for p in params]
+            resumed = make(again, weight_decay=0.01)
+            resumed.load_state_dict(through_a_file(optimizer.state_dict()))
+        for stepped, held in [(optimizer, params)] + [(resumed, again)] * (resumed is not optimizer):
+            put_gradients(held, step)
+            before = values(held)
+            for p, there in zip(held, has, strict=True):
+                p.grad = p.grad if there else None
+            stepped.step()
+            assert all(torch.equal(p, q) != there for p, q, there in zip(held, before, has, strict=True))
+    assert same(snapshot(optimizer, params), snapshot(resumed, again))
 
 
 def test_state_dict_shows_each_parameter_its_own(make):
