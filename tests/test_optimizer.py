@@ -490,6 +490,12 @@ def test_types_may_be_mixed_in_a_group(make):
     assert [p.dtype for p in params] == types
     assert finite(params)
     assert not any(torch.equal(p, q) for p, q in zip(params, before, strict=True))
+    alone = [q.requires_grad_() for q in before]
+    double = make(alone[2:3], weight_decay=0.1)
+    for step in range(STEPS):
+        put_gradients(alone, step)
+        double.step()
+    assert torch.equal(params[2], alone[2])  # float64 is computed apart, in float64
     again = [p.detach().clone().requires_grad_() for p in params]
     resumed = make(again, weight_decay=0.1)
     resumed.load_state_dict(through_a_file(optimizer.state_dict()))
@@ -945,6 +951,9 @@ def test_hooks(make):
     optimizer.register_state_dict_post_hook(lambda _, state: {**state, "note": 1})
     assert optimizer.state_dict()["note"] == 1
     assert calls[-1] == "saving"
+    optimizer.load_state_dict(optimizer.state_dict())
+    held = [value for name, value in vars(optimizer).items() if name.startswith("_optimizer_") and "hooks" in name]
+    assert sum(len(hooks) for hooks in held) == 4  # those above and no other
 
 
 def test_load_hooks_see_and_may_replace_what_is_loaded(make):
