@@ -28,7 +28,9 @@ def test_truncated_or_damaged_is_one_sentence(tmp_path):
     cuts.append(whole[:place] + bytes([whole[place] ^ 4]) + whole[place + 1 :])
     for content in cuts:
         path.write_bytes(content)
-        with pytest.raises(LabError, match=r"truncated or damaged; delete it to start this run again"):
+        with pytest.raises(
+            LabError, match=r"truncated or damaged; delete it and repeat with --resume to start this run again"
+        ):
             checkpoint.load(path)
 
 
@@ -87,7 +89,7 @@ def test_json_has_no_nan(tmp_path):
     checkpoint.write_json(path, {"a": [float("nan"), float("inf"), 1.5], "b": (True, None)})
     assert checkpoint.read_json(path) == {"a": [None, None, 1.5], "b": [True, None]}
     path.write_text('{"a": ')
-    with pytest.raises(LabError, match="delete it to have it made anew"):
+    with pytest.raises(LabError, match="delete it and repeat with --resume"):
         checkpoint.read_json(path)
     for text in ("[]", "null", "{}"):
         path.write_text(text)

@@ -60,7 +60,7 @@ def test_help_has_examples_and_names_everything(quadric):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("trian", "No such command 'trian'"),
+        ("trian", "No such command 'trian'. Did you mean 'train'?; see quadric --help"),
         ("race --task nope", "there is no task 'nope'; choose one of digits"),
         ("race --optimizers sgd,adam", "there is no optimizer 'adam'; choose from sgd"),
         ("race --optimizers sgd,sgd", "--optimizers takes different names"),
@@ -68,7 +68,7 @@ def test_help_has_examples_and_names_everything(quadric):
         ("race --model vgg", "there is no model 'vgg'"),
         ("race --model gpt", "gpt takes text inputs"),
         ("race --epochs -1", "'--epochs'"),
-        ("race --epochs two", "'--epochs'"),
+        ("race --epochs two", "; see quadric race --help"),
         ("race --batch-size 0", "'--batch-size'"),
         ("race --examples 5000", "has 1437 training examples"),
         ("race --seeds 0", "--seeds takes a number of seeds"),
@@ -79,6 +79,17 @@ def test_help_has_examples_and_names_everything(quadric):
         ("race --lr-range 1 0.1", "--lr-range takes two positive rates"),
         ("race --lr-range 1 1", "has room for 1 rates; use --tune 1 or a wider range"),
         ("race --tune -1", "'--tune'"),
+        ("race --tune two", "'--tune'"),
+        ("race --tune 400", "has room for 310 rates"),
+        ("race --threads 100000", "cores; give at most"),
+        ("race --target nan", "--target must be a finite number, not nan"),
+        ("race --seed 4294967296", "'--seed'"),
+        ("race --seeds 0,4294967296", "--seeds takes a number of seeds"),
+        (
+            "race --set adamw.betas=(0.9,)",
+            "adamw cannot be built (tuple index out of range); change --set adamw.betas=",
+        ),
+        ("race --set sgd.momentum=fast", "change --set sgd.momentum=fast"),
         ("race --set sgd.lr=0.1", "add --tune 0 or leave it out"),
         ("race --tune 0 --set sgd.lr=0", "--set sgd.lr must be a positive number, not 0"),
         ("race --tune 0 --set sgd.lr=fast", "--set sgd.lr must be a positive number, not fast"),
@@ -163,7 +174,7 @@ def test_a_broken_checkpoint_is_one_line(quadric, tmp_path):
     path.write_bytes(path.read_bytes()[:-1000])
     status, _, err = quadric("train", "--out", "a", "--resume")
     assert (status, err.count("\n")) == (2, 1)
-    assert "a/checkpoint.pt is truncated or damaged; delete it to start this run again" in err
+    assert "a/checkpoint.pt is truncated or damaged; delete it and repeat with --resume to start this run again" in err
     path.unlink()
     assert quadric("train", "--out", "a", "--resume")[0] == 0
 
@@ -173,6 +184,32 @@ def test_a_run_that_diverges_has_status_1_and_keeps_its_results(quadric, tmp_pat
     assert (status, err.count("\n")) == (1, 1)
     assert "sgd, seed 0: diverged after step 1" in err
     assert json.loads((tmp_path / "a" / "results.json").read_text())["entrants"][0]["runs"][0]["diverged"]
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "message"),
+    [
+        (SystemExit(1), 1, "quadric: error: who read the output has left; continue with: quadric train"),
+        (BrokenPipeError(), 1, "quadric: error: who read the output has left; continue with: quadric train"),
+        (
+            OSError(28, "No space left on device"),
+            1,
+            "the system refuses ([Errno 28] No space left on device); put that",
+        ),
+        (MemoryError(), 1, "the memory is used up; try a smaller --batch-size, model or window"),
+    ],
+)
+def test_output_that_nobody_takes_and_a_machine_that_refuses_are_one_sentence(
+    quadric, monkeypatch, error, status, message
+):
+    def refuse(self, line):
+        raise error
+
+    monkeypatch.setattr("quadric.lab.display.Display.say", refuse)
+    monkeypatch.setattr("quadric.lab.cli._give_up_stdout", lambda: None)
+    given, _, err = quadric("train", *SMALL, "--optimizer", "sgd", "--model", "logistic")
+    assert (given, err.count("\n")) == (status, 1)
+    assert message in err
 
 
 def test_tune_may_stand_alone(quadric, tmp_path):
@@ -189,7 +226,8 @@ def test_tune_may_stand_alone(quadric, tmp_path):
 
 def test_threads(quadric, tmp_path):
     words = ("train", "--optimizer", "sgd", "--model", "logistic", *SMALL)
-    for given, threads in (((), 1), (("--threads", "2"), 2)):
+    cores = os.cpu_count()
+    for given, threads in (((), 1), (("--threads", f"{cores}"), cores)):
         assert quadric(*words, *given, "--out", str(threads))[0] == 0
         results = json.loads((tmp_path / str(threads) / "results.json").read_text())
         assert results["environment"]["threads"] == threads

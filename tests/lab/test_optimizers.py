@@ -141,7 +141,7 @@ def test_settings_reach_the_optimizer():
     assert (group["lr"], group["window"], group["window_dtype"]) == (0.1, 3, torch.bfloat16)
     with pytest.raises(LabError, match="torch has no dtype 'float33'"):
         build_optimizer("mfac", conv_model(), 0.1, {"window_dtype": "float33"})
-    with pytest.raises(LabError, match=r"mfac cannot be built: .*window"):
+    with pytest.raises(LabError, match=r"mfac cannot be built .*window"):
         build_optimizer("mfac", conv_model(), 0.1, {"window": -1})
     with pytest.raises(LabError, match="there is no optimizer 'adam'; choose from sgd, adamw"):
         find_entrant("adam")

@@ -63,7 +63,9 @@ def test_tuning_sees_no_test_example():
 )
 def test_image_files(tmp_path, name, file, shape, prepared):
     image_file(tmp_path, file, shape=shape)
-    task = load_task(name, tmp_path)
+    said = []
+    task = load_task(name, tmp_path, say=said.append)
+    assert said == [f"reading {name} …"]
     assert task.prepare(task.train[0]).shape == (50, *prepared)
     assert task.outputs == 10
     # The training set is shuffled with its labels, the test set stays in order.
@@ -92,10 +94,14 @@ def test_damaged_files_are_one_sentence(tmp_path):
         with pytest.raises(LabError, match=r"damaged.*; fetch it again"):
             load_task("mnist", tmp_path)
     path.write_bytes(whole[:2000] + bytes(100) + whole[2100:])
-    with pytest.raises(LabError, match=r"damaged; fetch it again"):
+    with pytest.raises(LabError, match=r"damaged.*; fetch it again"):
         load_task("mnist", tmp_path)
     np.savez(path, x_train=np.zeros((3, 2, 2), np.uint8))
-    with pytest.raises(LabError, match="lacks the array y_train"):
+    with pytest.raises(LabError, match="lacks an array"):
+        load_task("mnist", tmp_path)
+    with path.open("wb") as file:
+        np.save(file, np.zeros(3))
+    with pytest.raises(LabError, match=r"is not an \.npz file"):
         load_task("mnist", tmp_path)
     images = np.zeros((3, 2, 2), np.uint8)
     np.savez(path, x_train=images, y_train=np.zeros(2), x_test=images, y_test=np.zeros(3))
@@ -129,7 +135,9 @@ def test_images_are_fetched_once_and_kept(tmp_path, monkeypatch):
     assert (len(task.train[0]), len(task.test[0]), task.shape) == (60, 10, (3, 2, 2))
     # Channels come first at openml.org and first in a prepared input: the last test image is the last row.
     assert torch.equal(task.test[0][-1].flatten(), torch.from_numpy(Bunch.data[-1].astype(np.uint8)))
-    load_task("cifar10")
+    said = []
+    load_task("cifar10", say=said.append)
+    assert said == ["reading cifar10 …"]
     assert calls == ["CIFAR_10"]
 
 

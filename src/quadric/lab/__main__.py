@@ -20,6 +20,7 @@ def main() -> None:
 
         status = run(sys.argv[1:])
     except KeyboardInterrupt:  # during the import
+        print("quadric: interrupted before anything was saved", file=sys.stderr)
         status = 130
     sys.exit(status)
 

@@ -13,6 +13,7 @@ import pickle
 import zipfile
 import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -35,20 +36,21 @@ DAMAGED = (
     pickle.UnpicklingError,
 )
 REMEDIES = {
-    errno.ENOSPC: "the disk is full: free some space",
-    errno.EDQUOT: "the disk quota is used up: free some space",
-    errno.EFBIG: "the file is larger than this disk or this user may write: raise the limit",
-    errno.EACCES: "no permission to write there: choose another --out",
-    errno.EROFS: "the disk is read-only: choose another --out",
+    errno.ENOSPC: "the disk is full: free some space, then",
+    errno.EDQUOT: "the disk quota is used up: free some space, then",
+    errno.EFBIG: "the file is larger than this disk or this user may write: raise the limit, then",
+    errno.EACCES: "no permission to write there: choose another --out, or allow it and",
+    errno.EROFS: "the disk is read-only: choose another --out, or make it writable and",
 }
 
 
-def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
+def write_atomically(path: Path, write: Callable[[BinaryIO], Any], again: str = "repeat with --resume") -> None:
     """Write a file in one piece or not at all.
 
     Args:
         path: The destination; its folder is made where it is missing.
         write: Called with a binary file open for writing.
+        again: How to go on once the disk no longer refuses.
 
     Raises:
         LabError: When the folder or the disk refuses; the file that was there before is untouched.
@@ -67,22 +69,23 @@ def write_atomically(path: Path, write: Callable[[BinaryIO], Any]) -> None:
         cause = _system_error(error)
         if cause is None:
             raise
-        raise refusal(path, cause) from error
+        raise refusal(path, cause, again) from error
     finally:
-        if path.parent.is_dir():
-            draft.unlink(missing_ok=True)
+        with suppress(OSError):  # what refused the file may refuse this too, and has been answered
+            draft.unlink()
 
 
-def refusal(path: Path, error: OSError) -> LabError:
+def refusal(path: Path, error: OSError, again: str = "repeat with --resume") -> LabError:
     """What to tell a person whose disk refused a file.
 
     Args:
         path: The file that was to be written.
         error: What the system said.
+        again: How to go on once the disk no longer refuses.
     """
-    reason = REMEDIES.get(error.errno or 0, f"{error.strerror or error}: check the folder")
+    remedy = REMEDIES.get(error.errno or 0, f"{error.strerror or error}: check the folder, then")
     kept = "the previous one is untouched" if path.is_file() else "nothing is lost but this file"
-    return LabError(f"cannot write {path} ({kept}); {reason}, then repeat with --resume", code=1)
+    return LabError(f"cannot write {path} ({kept}); {remedy} {again}", code=1)
 
 
 def _system_error(error: BaseException | None) -> OSError | None:
@@ -111,7 +114,7 @@ def load(path: Path) -> dict[str, Any]:
     Raises:
         LabError: When the file is missing, truncated, damaged or not a checkpoint of quadric.
     """
-    remedy = "delete it to start this run again"
+    remedy = "delete it and repeat with --resume to start this run again"
     try:
         with zipfile.ZipFile(path) as archive:  # torch writes check sums and does not look at them again
             if archive.testzip() is not None:
@@ -126,18 +129,19 @@ def load(path: Path) -> dict[str, Any]:
     return state
 
 
-def write_json(path: Path, value: Any) -> None:
+def write_json(path: Path, value: Any, again: str = "repeat with --resume") -> None:
     """Write plain JSON atomically; numbers that JSON does not have (NaN, infinities) become null.
 
     Args:
         path: The destination.
         value: Dictionaries, lists, strings, numbers, booleans and None.
+        again: As :func:`write_atomically` takes it.
     """
     text = json.dumps(_finite(value), indent=1, allow_nan=False) + "\n"
-    write_atomically(path, lambda file: file.write(text.encode()))
+    write_atomically(path, lambda file: file.write(text.encode()), again)
 
 
-def read_json(path: Path, *keys: str, remedy: str = "delete it to have it made anew") -> dict[str, Any]:
+def read_json(path: Path, *keys: str, remedy: str = "delete it and repeat with --resume") -> dict[str, Any]:
     """Read a JSON file of a run's folder.
 
     Args:

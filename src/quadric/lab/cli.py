@@ -22,7 +22,7 @@ from typer import Option
 
 from quadric.lab import LabError
 
-if TYPE_CHECKING:  # torch takes seconds to import: --help and a mistyped option should not wait for it
+if TYPE_CHECKING:  # its imports take seconds: --help and a mistyped option should not wait for them
     from quadric.lab.race import Race
 
 MAX_SEED = 2**32 - 1
@@ -230,7 +230,12 @@ def start(
     from quadric.lab.train import choose_device
 
     device = choose_device(common.device.value)
-    task = load_task(common.task, common.data_dir) if common.text is None else text_task_from(common.text)
+    # A file or a pipe has no width of its own: wide enough for the table.
+    console = Console(width=None if sys.stdout and sys.stdout.isatty() else 100)
+    if common.text is None:
+        task = load_task(common.task, common.data_dir, say=console.print)
+    else:
+        task = text_task_from(common.text)
     if common.examples is not None:
         task = task.first(common.examples)
     if common.augment and task.kind != "image":
@@ -238,6 +243,9 @@ def start(
     for option, value in (("--target", common.target), ("--checkpoint-seconds", common.checkpoint_seconds)):
         if value is not None and not math.isfinite(value):
             raise LabError(f"{option} must be a finite number, not {value}")
+    cores = os.cpu_count() or 1
+    if common.threads is not None and common.threads > cores:
+        raise LabError(f"--threads {common.threads} is more than this machine's {cores} cores; give at most {cores}")
     if threads := common.threads or task.threads:
         torch.set_num_threads(threads)
     epochs = common.epochs or task.epochs
@@ -262,12 +270,15 @@ def start(
     check_race(plan, task)
     words: list[str] = ctx.obj
     folder = open_folder(common.out, str(ctx.info_name), plan, common.resume, words)
-    display = Display(_console(), count_steps(plan, task))
+    display = Display(console, count_steps(plan, task))
     track = Track(task, folder, display, common.checkpoint_seconds, checkpoint_steps)
     try:
         act(plan, track, command=shlex.join(["quadric", *words]))
     except KeyboardInterrupt:
-        raise _interrupted(words, folder, common.out) from None
+        raise _unfinished("interrupted", words, folder, common.out, code=130) from None
+    except (BrokenPipeError, SystemExit):  # `quadric race | head`, which rich answers with SystemExit
+        _give_up_stdout()
+        raise _unfinished("who read the output has left", words, folder, common.out, code=1) from None
 
 
 def open_folder(out: Path | None, kind: str, plan: "Race", resume: bool, words: Sequence[str]) -> Path:
@@ -297,7 +308,7 @@ def open_folder(out: Path | None, kind: str, plan: "Race", resume: bool, words: 
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise LabError(f"cannot make the folder {folder} ({error.strerror}); choose another --out") from error
-        write_json(file, {"arguments": list(words[1:]), **config})
+        write_json(file, {"arguments": list(words[1:]), **config}, again="repeat")
         return folder
     before = read_json(file, remedy="choose another --out")
     keys = [key for key in config if before.get(key) != config[key]]
@@ -340,20 +351,15 @@ def _seeds(text: str, first: int) -> tuple[int, ...]:
     if len(numbers) == 1 and 0 < numbers[0] <= 1000:
         return tuple(range(first, first + numbers[0]))
     if len(numbers) < 2 or len(set(numbers)) < len(numbers) or min(numbers) < 0 or max(numbers) > MAX_SEED:
-        raise LabError(f"--seeds takes a number of seeds, or different seeds such as 0,1,2, not {text!r}")
+        raise LabError(f"--seeds takes a number of seeds up to 1000, or different seeds such as 0,1,2, not {text!r}")
     return tuple(numbers)
 
 
-def _console() -> Console:
-    # A file or a pipe has no width of its own: wide enough for the table.
-    return Console(width=None if sys.stdout.isatty() else 100)
-
-
-def _interrupted(words: Sequence[str], folder: Path, out: Path | None) -> LabError:
+def _unfinished(why: str, words: Sequence[str], folder: Path, out: Path | None, code: int) -> LabError:
     words = [word for word in words if word != "--resume"]
     if out is None:
         words += ["--out", str(folder)]
-    return LabError(f"interrupted; continue with: {shlex.join(['quadric', *words, '--resume'])}", code=130)
+    return LabError(f"{why}; continue with: {shlex.join(['quadric', *words, '--resume'])}", code)
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -369,12 +375,22 @@ def run(arguments: Sequence[str]) -> int:
     except LabError as error:
         return _complain(str(error), error.code)
     except UsageError as error:
-        return _complain(getattr(error, "format_message", error.__str__)(), 2)
+        told = getattr(error, "format_message", error.__str__)().rstrip(".")
+        command = f"{arguments[0]} " if arguments[0] in ("race", "train") else ""
+        return _complain(f"{told}; see quadric {command}--help", 2)
+    except MemoryError:
+        return _complain("the memory is used up; try a smaller --batch-size, model or window", 1)
     except (KeyboardInterrupt, typer.Abort):
         return _complain("interrupted before anything was saved", 130)
-    except BrokenPipeError:  # `quadric race | head`: whoever read the output has left
+    except OSError as error:
+        _give_up_stdout()
+        return _complain(f"the system refuses ({error}); put that right, then repeat, with --resume if a run began", 1)
+
+
+def _give_up_stdout() -> None:
+    # What is still buffered would fail once more, and louder, when Python ends.
+    if sys.stdout is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
 def _with_remembered(arguments: Sequence[str]) -> list[str]:
@@ -386,7 +402,7 @@ def _with_remembered(arguments: Sequence[str]) -> list[str]:
         return words
     out = words[places[-1]].partition("=")[2] or "".join(words[places[-1] + 1 : places[-1] + 2])
     try:
-        remembered = json.loads((Path(out) / "config.json").read_text())["arguments"]
+        remembered = [str(word) for word in json.loads((Path(out) / "config.json").read_text())["arguments"]]
     except (OSError, ValueError, KeyError, TypeError):
         return words  # open_folder says what is wrong with the folder
     return [words[0], *remembered, *words[1:]]
@@ -396,7 +412,7 @@ def _with_number_of_rates(arguments: Sequence[str]) -> list[str]:
     # `--tune` may stand alone, which typer has no word for.
     words = list(arguments)
     for i, word in enumerate(words):
-        if word == "--tune" and not (i + 1 < len(words) and words[i + 1].lstrip("-").isdigit()):
+        if word == "--tune" and (i + 1 == len(words) or words[i + 1].startswith("--")):
             words[i] = f"--tune={DEFAULT_RATES}"
     return words
 

@@ -229,8 +229,10 @@ def build_optimizer(name: str, model: nn.Module, lr: float, overrides: Mapping[s
             hyper[key] = dtype
     try:
         return entrant.build(model, lr, hyper)
-    except (ValueError, TypeError, RuntimeError) as error:
-        raise LabError(f"{name} cannot be built: {' '.join(str(error).split())}") from error
+    except (ValueError, TypeError, LookupError, RuntimeError) as error:
+        given = ", ".join(f"{name}.{key}={value}" for key, value in overrides.items())
+        reason = " ".join(str(error).split())
+        raise LabError(f"{name} cannot be built ({reason}); change --set {given or name + '.KEY=VALUE'}") from error
 
 
 def held_bytes(optimizer: object, model: nn.Module) -> int:

@@ -145,6 +145,9 @@ def run_race(race: Race, track: Track, *, command: str) -> Path:
 
     Returns:
         The path of the report.
+
+    Raises:
+        LabError: When no run finished; everything is written before.
     """
     started = time.strftime("%Y-%m-%d %H:%M")
     trials: dict[str, list[dict[str, Any]]] = {}
@@ -161,9 +164,11 @@ def run_race(race: Race, track: Track, *, command: str) -> Path:
     results = describe_race(race, track.task, rates, runs, trials, command=command, started=started)
     write_json(track.folder / "results.json", results)
     results = read_json(track.folder / "results.json")  # what a reader of the file sees: no NaN, lists for tuples
-    track.display.console.print(report.results_table(results))
     page = report.write_report(results, track.folder)
+    track.display.console.print(report.results_table(results))
     track.display.say(f"report: {page}")
+    if all(run["diverged"] or run["error"] is not None for given in runs.values() for run in given):
+        raise LabError(f"no run finished; {page} says why: try smaller rates or another --set", code=1)
     return page
 
 

@@ -6,7 +6,8 @@ alone, so the code that tunes cannot see a test example.
 
 import lzma
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -290,45 +291,44 @@ def table_task(name: str, title: str, x: np.ndarray, y: np.ndarray, test: np.nda
     )
 
 
-def load_digits(data_dir: Path | None) -> Task:
-    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; they come with the package.
-
-    Args:
-        data_dir: Not needed.
-    """
+def load_digits() -> Task:
+    """scikit-learn's 1,797 handwritten digits of 8x8 pixels; they come with the package."""
     from sklearn.datasets import load_digits as embedded  # a second of import that --help should not pay
 
     bunch: Any = embedded()
     order = np.random.default_rng(SPLIT_SEED).permutation(len(bunch.images))
     images, labels = bunch.images[order].astype(np.uint8), bunch.target[order]
     arrays = (images[360:], labels[360:], images[:360], labels[:360])
-    title = "handwritten digits, 8x8 (scikit-learn's)"
+    title = "Handwritten digits, 8×8 (scikit-learn's)"
     task = image_task("digits", title, arrays, white=16, model="mlp", epochs=30, batch_size=64, target=96.0)
     return replace(task, threads=1)
 
 
 # name: file, name at openml.org, training examples there, shape of an image there, title, model, epochs, target
 IMAGE_SETS: dict[str, tuple[str, str, int, tuple[int, ...], str, str, int, float]] = {
-    "mnist": ("mnist.npz", "mnist_784", 60000, (28, 28), "MNIST digits, 28x28", "mlp", 5, 97.5),
-    "fashion-mnist": ("fashion_mnist.npz", "Fashion-MNIST", 60000, (28, 28), "Fashion-MNIST, 28x28", "mlp", 5, 87.0),
-    "cifar10": ("cifar10.npz", "CIFAR_10", 50000, (3, 32, 32), "CIFAR-10, 32x32 in colour", "resnet20", 10, 75.0),
+    "mnist": ("mnist.npz", "mnist_784", 60000, (28, 28), "MNIST digits, 28×28", "mlp", 5, 97.5),
+    "fashion-mnist": ("fashion_mnist.npz", "Fashion-MNIST", 60000, (28, 28), "Fashion-MNIST, 28×28", "mlp", 5, 87.0),
+    "cifar10": ("cifar10.npz", "CIFAR_10", 50000, (3, 32, 32), "CIFAR-10, 32×32 in colour", "resnet20", 10, 75.0),
 }
 
 
-def load_images(name: str, data_dir: Path | None) -> Task:
+def load_images(name: str, data_dir: Path | None, say: Callable[[str], None]) -> Task:
     """An image set out of ``data_dir``, or fetched from openml.org once and kept in the user's cache folder.
 
     Args:
         name: One of ``IMAGE_SETS``.
         data_dir: Folder with the set's .npz file: x_train, y_train, x_test, y_test.
+        say: Told before each thing that takes seconds.
     """
     file, openml, count, shape, title, model, epochs, target = IMAGE_SETS[name]
     path = (data_dir or CACHE) / file
     if data_dir is None and not path.exists():
+        say(f"fetching {name} from openml.org …")
         fetch_images(name, openml, count, shape, path)
-    x_train, y_train, x_test, y_test = read_arrays(path, "x_train", "y_train", "x_test", "y_test")
-    arrays = (x_train, y_train, x_test, y_test)
-    return image_task(name, title, arrays, model=model, epochs=epochs, batch_size=128, target=target)
+    with arrays(path) as file:
+        say(f"reading {name} …")  # decompressing takes CIFAR-10 some seconds
+        sets = (file["x_train"], file["y_train"], file["x_test"], file["y_test"])
+    return image_task(name, title, sets, model=model, epochs=epochs, batch_size=128, target=target)
 
 
 def fetch_images(name: str, openml: str, count: int, shape: tuple[int, ...], path: Path) -> None:
@@ -375,7 +375,7 @@ def load_shakespeare(data_dir: Path | None) -> Task:
         raise LabError(
             "shakespeare needs --data-dir with a folder that holds tinyshakespeare.txt, or take any --text FILE"
         )
-    return text_task("shakespeare", "tiny Shakespeare", read_text(data_dir / "tinyshakespeare.txt"), target=3.0)
+    return text_task("shakespeare", "Tiny Shakespeare", read_text(data_dir / "tinyshakespeare.txt"), target=3.0)
 
 
 def text_task_from(path: Path) -> Task:
@@ -384,7 +384,7 @@ def text_task_from(path: Path) -> Task:
     Args:
         path: The file.
     """
-    return text_task(path.stem, f"the text {path.name}", read_text(path))
+    return text_task(path.stem, f"The text {path.name}", read_text(path))
 
 
 def load_regression(name: str, data_dir: Path | None) -> Task:
@@ -399,22 +399,23 @@ def load_regression(name: str, data_dir: Path | None) -> Task:
     """
     if data_dir is None:
         raise LabError("regression needs --data-dir with a folder that holds uci_regression.npz")
-    path = data_dir / "uci_regression.npz"
     wanted = name.partition(":")[2] or "concrete"
-    names = [key.removesuffix("_x") for key in array_names(path) if key.endswith("_x")]
-    if wanted not in names:
-        raise LabError(f"there is no regression set {wanted!r}; choose regression:NAME of {', '.join(names)}")
-    x, y, test = read_arrays(path, f"{wanted}_x", f"{wanted}_y", f"{wanted}_test")
+    with arrays(data_dir / "uci_regression.npz") as file:
+        names = [key.removesuffix("_x") for key in file.files if key.endswith("_x")]
+        if wanted not in names:
+            raise LabError(f"there is no regression set {wanted!r}; choose regression:NAME of {', '.join(names)}")
+        x, y, test = (file[f"{wanted}_{part}"] for part in ("x", "y", "test"))
     # The first of the published splits; seeds of a race change the start and the order, not the data.
     return table_task(f"regression:{wanted}", f"UCI regression, {wanted}", x, y, test[0].astype(np.int64))
 
 
-def load_task(name: str, data_dir: Path | None = None) -> Task:
+def load_task(name: str, data_dir: Path | None = None, say: Callable[[str], None] = lambda line: None) -> Task:
     """A task by its name.
 
     Args:
         name: One of ``TASKS``, ``regression:NAME``, or the path of a text file.
         data_dir: Folder with data files.
+        say: Told before each thing that takes seconds.
 
     Raises:
         LabError: When there is no such task or its data cannot be had.
@@ -427,9 +428,9 @@ def load_task(name: str, data_dir: Path | None = None) -> Task:
     if data_dir is not None and not data_dir.is_dir():
         raise LabError(f"--data-dir {data_dir} is not a folder; give one that holds the data files")
     if name == "digits":
-        return load_digits(data_dir)
+        return load_digits()
     if name in IMAGE_SETS:
-        return load_images(name, data_dir)
+        return load_images(name, data_dir, say)
     if name == "shakespeare":
         return load_shakespeare(data_dir)
     if name.partition(":")[0] == "regression":
@@ -442,44 +443,27 @@ def load_task(name: str, data_dir: Path | None = None) -> Task:
 TASKS = ("digits", *IMAGE_SETS, "shakespeare", "regression")
 
 
-def array_names(path: Path) -> list[str]:
-    """Names of the arrays in an .npz file.
+@contextmanager
+def arrays(path: Path) -> Iterator[Any]:
+    """An open .npz file, from which arrays are taken by name.
 
     Args:
         path: The file.
 
     Raises:
-        LabError: When it is missing or damaged.
+        LabError: When it is missing or damaged, or lacks an array that is asked of it.
     """
     try:
         with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return list(file.files)
+            yield file
     except FileNotFoundError as error:
         raise LabError(
             f"there is no {path.name} in {path.parent}; put it there or choose another --data-dir"
         ) from error
-    except DAMAGED as error:
-        raise LabError(f"{path} is damaged or not an .npz file; fetch it again") from error
-
-
-def read_arrays(path: Path, *names: str) -> list[np.ndarray]:
-    """Arrays out of an .npz file, in the order of their names.
-
-    Args:
-        path: The file.
-        *names: Which arrays.
-
-    Raises:
-        LabError: When the file is missing or damaged, or lacks one of them.
-    """
-    missing = [name for name in names if name not in array_names(path)]
-    if missing:
-        raise LabError(f"{path} lacks the array {missing[0]}; fetch it again")
-    try:
-        with path.open("rb") as raw, np.load(raw, allow_pickle=False) as file:
-            return [file[name] for name in names]
-    except DAMAGED as error:
-        raise LabError(f"{path} is damaged; fetch it again") from error
+    except PermissionError as error:
+        raise LabError(f"no permission to read {path}; allow it or choose another --data-dir") from error
+    except (*DAMAGED, TypeError) as error:  # TypeError: a bare .npy array, which is no archive
+        raise LabError(f"{path} is damaged, lacks an array or is not an .npz file; fetch it again") from error
 
 
 def read_text(path: Path) -> bytes:

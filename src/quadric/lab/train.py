@@ -170,7 +170,7 @@ def train(
                 optimizer.observe(quadric.sampled_loss(outputs.flatten(0, -2), kind=task.labels))
             loss.backward()
             optimizer.step()
-        except (RuntimeError, ValueError) as error:  # a NaN gradient, or no memory left
+        except Exception as error:  # a NaN gradient, no memory left, a setting refused late: it ends this run alone
             progress.error = " ".join(f"{type(error).__name__}: {error}".split())
             break
 
@@ -326,7 +326,9 @@ def restore(path: Path, plan: Plan, model: nn.Module, optimizer: Any) -> Progres
         told = state["progress"]
         return Progress(**{**told, "recent": deque(told["recent"], maxlen=1000)})
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
-        raise LabError(f"the checkpoint {path} does not fit this run; delete it to start the run again") from error
+        raise LabError(
+            f"the checkpoint {path} does not fit this run; delete it and repeat with --resume to start this run again"
+        ) from error
 
 
 def describe_run(plan: Plan, progress: Progress, model: nn.Module, optimizer: Any) -> dict[str, Any]:
