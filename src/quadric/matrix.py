@@ -215,19 +215,32 @@ class LowRank(PSDMatrix):
         return self._stored
 
     @cached_property
-    def _small(self) -> Tensor:
-        """``weight·R Rᵀ`` of each block or, where that is smaller, ``weight·Rᵀ R``."""
-        parts = [slab.mT @ slab if self._inner else slab @ slab.mT for slab in slabs(self._rows, wide(self._rows))]
+    def _gram(self) -> Tensor:
+        """``weight·R Rᵀ`` of each block."""
+        parts = [slab @ slab.mT for slab in slabs(self._rows, wide(self._rows))]
         return self.weight * self._tiles.total(torch.cat(parts))
 
     @cached_property
     def _factor(self) -> Tensor:
-        return cholesky(self._small, self.damping)
+        """The Cholesky factor of the small matrix of each block, ``λI + R Rᵀ`` or, inner, ``λI + Rᵀ R``."""
+        if not self._inner:
+            return cholesky(self._gram, self.damping)
+        # By QR of the rows on top of √λ I: RᵀR itself would square their condition number.
+        double, width = wide(self._rows), self._tiles.width
+        floor = self.damping**0.5 * torch.eye(width, dtype=double, device=self.device)
+        scaled = (self.weight**0.5 * slab for slab in slabs(self._rows, double))
+        stacked = (torch.cat([rows, floor.expand(len(rows), width, width)], 1) for rows in scaled)
+        return torch.cat([torch.linalg.qr(rows).R.mT for rows in stacked])
 
     @cached_property
     def _spectrum(self) -> tuple[Tensor, Tensor]:
-        values, vectors = torch.linalg.eigh(self._small)
-        return values.clamp_min(0), vectors
+        """Eigenvalues and eigenvectors, in columns, of ``R Rᵀ`` or, inner, ``Rᵀ R``."""
+        if not self._inner:
+            values, vectors = torch.linalg.eigh(self._gram)
+            return values.clamp_min(0), vectors
+        parts = [torch.linalg.svd(slab, full_matrices=False) for slab in slabs(self._rows, wide(self._rows))]
+        values = torch.cat([singular for _, singular, _ in parts]).square()
+        return self.weight * values, torch.cat([rows for _, _, rows in parts]).mT
 
     def _flat(self, x: Tensor) -> Tensor:
         return self._tiles.unpad(self._tiles.join(x))
@@ -326,8 +339,7 @@ class Groups:
         place = torch.argsort(by_size)  # of each group among the groups in order of size
         order = torch.argsort(place[labels], stable=True)
         sizes_in_order, counts = torch.unique_consecutive(sizes[by_size], return_counts=True)
-        self._set(list(zip(counts.tolist(), sizes_in_order.tolist(), strict=True)), labels.device)
-        self.sizes = sizes
+        self._set(list(zip(counts.tolist(), sizes_in_order.tolist(), strict=True)), sizes)
         if bool((by_size.diff() != 1).any()):
             self._by_size, self._place = by_size, place
         if bool((order.diff() != 1).any()):
@@ -342,14 +354,13 @@ class Groups:
             device: of the vectors to come.
         """
         self = cls.__new__(cls)
-        self._set(runs, device)
+        counts, sizes = torch.tensor(runs, device=device).unbind(1)
+        self._set(runs, sizes.repeat_interleave(counts))
         return self
 
-    def _set(self, runs: list[tuple[int, int]], device: torch.device) -> None:
-        self._runs = runs
-        counts, sizes = torch.tensor(runs, device=device).unbind(1)
-        self.sizes = sizes.repeat_interleave(counts)
-        self.dim, self.count = int(self.sizes.sum()), len(self.sizes)
+    def _set(self, runs: list[tuple[int, int]], sizes: Tensor) -> None:
+        self._runs, self.sizes, self.roots = runs, sizes, sizes.to(wide(sizes)).sqrt()
+        self.dim, self.count = int(sizes.sum()), len(sizes)
         self._order = self._by_size = self._place = None
 
     def sum(self, v: Tensor) -> Tensor:
@@ -358,22 +369,24 @@ class Groups:
         sums = torch.cat([view.sum(-1) for view in self._views(v)], -1)
         return sums if self._place is None else sums[..., self._place]
 
-    def blend(
-        self, v: Tensor, within: Tensor, across: Tensor, *, sums: Tensor | None = None, out: Tensor | None = None
-    ) -> Tensor:
-        """``within ∘ (v − its group means) + Q across Qᵀ v``, the product of a function of a block mean matrix with v.
+    def blend(self, v: Tensor, u: Tensor, within: Tensor, coupled: Tensor, out: Tensor | None = None) -> Tensor:
+        """``within ∘ (v − its group means) + Q coupled``, the product of a function of a block mean matrix with v.
 
         Args:
             v: vectors, ``(..., dim)``.
+            u: Qᵀv, the sums of v over the groups by the roots of their sizes, ``(..., L)``.
             within: the function of the spread inside each group, ``(L,)``.
-            across: the function of the coupling of the groups, ``(L, L)``, symmetric.
-            sums: of v over the groups, if known.
+            coupled: the function of the coupling of the groups times u, ``(..., L)``.
             out: where to put the result; not v.
         """
-        roots = self.sizes.to(across.dtype).sqrt()
-        u = (self.sum(v) if sums is None else sums).to(across.dtype) / roots
-        shift = (u @ across - within * u) / roots
+        shift = (coupled - within * u) / self.roots
         return self.affine(v, within.to(v.dtype), shift.to(v.dtype), out)
+
+    def spread(self, diagonal: Tensor, traces: Tensor) -> Tensor:
+        """The λ of :class:`BlockMean` from the diagonal of C and the traces D, ``(L,)`` each."""
+        # Rounding may leave a hair below zero; a group of one has no spread, and its λ is multiplied by nothing.
+        inside = (traces - diagonal).clamp_min(0) / (self.sizes - 1).clamp_min(1)
+        return torch.where(self.sizes > 1, inside, diagonal)
 
     def affine(self, v: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
         """``scale·v + shift`` with one scale and one shift for each group, ``(..., L)`` each."""
@@ -450,9 +463,7 @@ class BlockMean(PSDMatrix):
         double = wide(coupling)
         self._sizes = self.groups.sizes.to(double)
         self._coupling = coupling.detach().to(double, copy=True)
-        # Rounding may leave a hair below zero; a group of one has no spread, and its λ is multiplied by nothing.
-        spread = (traces.detach().to(double) - self._coupling.diagonal()).clamp_min(0) / (self._sizes - 1).clamp_min(1)
-        self._within = torch.where(self._sizes > 1, spread, self._coupling.diagonal()) + self.damping
+        self._within = self.groups.spread(self._coupling.diagonal(), traces.detach().to(double)) + self.damping
 
     @cached_property
     def _spectrum(self) -> tuple[Tensor, Tensor]:
@@ -483,8 +494,9 @@ class BlockMean(PSDMatrix):
         return self._within.pow(power), across
 
     def _apply(self, v: Tensor, power: float) -> Tensor:
-        x = self.groups.blend(v.to(wide(v)), *self.parts(power))
-        return x.to(torch.promote_types(v.dtype, self.dtype))
+        (within, across), x = self.parts(power), v.to(wide(v))
+        u = self.groups.sum(x) / self.groups.roots
+        return self.groups.blend(x, u, within, u @ across).to(torch.promote_types(v.dtype, self.dtype))
 
     def diagonal(self, power: float = 1.0) -> Tensor:  # noqa: D102
         within, across = self.parts(power)

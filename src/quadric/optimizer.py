@@ -231,7 +231,8 @@ class CurvatureOptimizer(Optimizer, ABC):
                         "block": torch.tensor(block.number),
                         **{name: value.reshape((*value.shape[:-1], *shape)) for name, value in columns.items()},
                     }
-                state[params[block.members[0]]] |= {f"shared_{k}": v for k, v in block.curvature.shared().items()}
+                shared = {"members": torch.tensor(len(block.members)), **block.curvature.shared()}
+                state[params[block.members[0]]] |= {f"shared_{k}": v for k, v in shared.items()}
         return state
 
     @state.setter
@@ -246,6 +247,12 @@ class CurvatureOptimizer(Optimizer, ABC):
             if self._loaded.get(p):
                 held[int(self._loaded[p]["block"])].append(i)
         for number, places in sorted(held.items()):
+            whole = [int(self._loaded[group["params"][i]].get("shared_members", -1)) for i in places]
+            if max(whole) != len(places):
+                raise ValueError(
+                    f"the state holds {len(places)} of the {max(whole)} parameters that shared block {number} of group "
+                    f"{place}: load a state_dict with all of them"
+                )
             block = self._new_block(place, number, places)
             states = [self._loaded.pop(group["params"][i]) for i in block.members]
             block.step = int(states[0]["step"])

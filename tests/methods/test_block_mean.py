@@ -7,7 +7,8 @@ from torch import nn
 import oracles
 from counting import bytes_kept, count
 from quadric import BlockMeanAdaGrad, BlockMeanSum
-from quadric.methods.block_mean import row_groups
+from quadric.matrix import Groups
+from quadric.methods.block_mean import InverseRoot, row_groups
 
 SHAPES = [(3, 4), (5,), (), (2, 2, 2)]
 SIZES = [12, 5, 1, 8]
@@ -135,11 +136,52 @@ def test_groups_are_few_and_whole():
 
 @pytest.mark.parametrize(
     ("given", "shown"),
-    [({"decay": 1.0}, r"1\.0"), ({"decay": -0.5}, r"-0\.5"), ({"refresh_every": 0}, "0"), ({"decay": math.nan}, "nan")],
+    [
+        ({"decay": 1.0}, r"1\.0"),
+        ({"decay": -0.5}, r"-0\.5"),
+        ({"refresh_every": 0}, "0"),
+        ({"refresh_every": 2.5}, r"2\.5"),
+        ({"decay": math.nan}, "nan"),
+    ],
 )
 def test_bad_hyper_parameters(given, shown):
     with pytest.raises(ValueError, match=rf"{next(iter(given))}.*got {shown}: .+"):
         BlockMeanAdaGrad([nn.Parameter(torch.ones(2))], **given)
+
+
+@pytest.mark.parametrize("decay", [None, 0.9])
+def test_a_stale_root_makes_no_step_longer_than_the_root_of_now_could(decay):
+    """C holds u uᵀ, so that ‖(C + δI)^-½ u‖² ≤ 1 (averages: the inverse of the newest weight), also for an unseen u."""
+    estimate = InverseRoot(Groups(torch.arange(4)), decay, damping=1e-12)
+    for step, observation in enumerate(3 * torch.eye(4, dtype=torch.float64)):
+        estimate.absorb(observation)
+        estimate.refresh(every=2)  # the root of step 2 serves step 3, whose direction it has not seen
+        scaled = estimate.scale_newest(observation, out=torch.empty_like(observation))
+        weight = 1.0 if decay is None else (1 - decay ** (step + 1)) / (1 - decay)
+        torch.testing.assert_close(scaled, observation / 3 * weight**0.5)
+
+
+def test_plain_it_descends_with_its_defaults():
+    curvature = torch.logspace(-2, 0, 30)
+    w = nn.Parameter(torch.ones(30))
+    optimizer = BlockMeanAdaGrad([w], whiten=False)
+    losses = []
+    for _ in range(200):
+        loss = (curvature * w**2).sum() / 2
+        losses.append(loss.item())
+        w.grad = curvature * w.detach()
+        optimizer.step()
+    assert max(losses[1:]) < losses[0]
+    assert losses[-1] < 0.9 * losses[0]
+
+
+def test_a_loaded_estimate_keeps_its_type():
+    labels = torch.tensor([0, 0, 1])
+    one, other = BlockMeanSum(labels), BlockMeanSum(labels)
+    one.update(torch.ones(3, dtype=torch.float64))
+    other.load_state_dict(one.state_dict())
+    assert other.matrix().dtype == torch.float64
+    assert torch.equal(other.matrix().to_dense(), one.matrix().to_dense())
 
 
 @pytest.mark.parametrize("whiten", [False, True])

@@ -70,14 +70,15 @@ class BlockMeanSum(Curvature):
 
     coupling: Tensor  # (L, L), outer products of the groups' sums, float64
     traces: Tensor  # (L,), D, float64
+    example: Tensor  # (0,), of the type that the matrix has
 
     def __init__(self, groups: Tensor | Groups, *, decay: float | None = None, damping: Schedule = 1e-8):
         groups = groups if isinstance(groups, Groups) else Groups(groups)
         super().__init__(Tiles([groups.dim], groups.dim), damping)
         require(decay is None or 0 <= decay < 1, "decay", decay, "0 ≤ decay < 1", "None sums, 0.99 averages")
-        self.groups, self.decay, self.dtype = groups, decay, torch.float32
-        self.register_buffer("coupling", torch.empty(0))
-        self.register_buffer("traces", torch.empty(0))
+        self.groups, self.decay = groups, decay
+        for name in ("coupling", "traces", "example"):
+            self.register_buffer(name, torch.empty(0))
 
     def absorb(self, observation: Tensor, scratch: Tensor | None = None) -> None:
         """Learn from an observation.
@@ -87,7 +88,7 @@ class BlockMeanSum(Curvature):
             scratch: memory for its squares.
         """
         if not self.updates:
-            self.dtype = torch.promote_types(observation.dtype, torch.float32)
+            self.example = observation.new_empty(0, dtype=torch.promote_types(observation.dtype, torch.float32))
             small = {"dtype": wide(observation), "device": observation.device}
             self.coupling = torch.zeros(self.groups.count, self.groups.count, **small)
             self.traces = torch.zeros(self.groups.count, **small)
@@ -102,10 +103,13 @@ class BlockMeanSum(Curvature):
         if not self.updates:
             nothing = torch.zeros(self.groups.count, self.groups.count)
             return BlockMean(self.groups, nothing, nothing[0], self.damping_now())
-        weight = 1.0 if self.decay is None else 1 - self.decay**self.updates
-        roots = self.groups.sizes.to(self.coupling.dtype).mul(weight).sqrt()
-        coupling = self.coupling / torch.outer(roots, roots)
-        return BlockMean(self.groups, coupling, self.traces / weight, self.damping_now(), dtype=self.dtype)
+        weight, roots = self.weight(), self.groups.roots
+        coupling = self.coupling / (weight * torch.outer(roots, roots))
+        return BlockMean(self.groups, coupling, self.traces / weight, self.damping_now(), dtype=self.example.dtype)
+
+    def weight(self) -> float:
+        """What the weights of the observations add up to where they are averaged, otherwise one."""
+        return 1.0 if self.decay is None else 1 - self.decay**self.updates
 
     def shared(self) -> dict[str, Tensor]:  # noqa: D102
         return super().shared() | {"coupling": self.coupling.clone(), "traces": self.traces.clone()}
@@ -116,27 +120,41 @@ class BlockMeanSum(Curvature):
 
 
 class InverseRoot(BlockMeanSum):
-    """A :class:`BlockMeanSum` that keeps the inverse square root of its matrix and remakes it now and then."""
+    """A :class:`BlockMeanSum` that keeps the inverse square root of its coupling and remakes it now and then."""
 
-    within: Tensor  # (L,)
-    across: Tensor  # (L, L)
+    across: Tensor  # (L, L), (C + δI)^-½ at the last refresh
 
     def __init__(self, groups: Groups, decay: float | None, damping: Schedule):
         super().__init__(groups, decay=decay, damping=damping)
-        self.register_buffer("within", torch.empty(0))
         self.register_buffer("across", torch.empty(0))
 
     def refresh(self, every: int) -> None:
         """Remake the root at each of the first ``every`` updates, while one changes it much, then at one in so many."""
         if self.updates <= every or self.updates % every == 0:
-            self.within, self.across = self.matrix().parts(-0.5)
+            self.across = self.matrix().parts(-0.5)[1]
+
+    def scale_newest(self, observation: Tensor, out: Tensor) -> Tensor:
+        """``(M̂ + δI)^-½ g`` for the observation g of the last update: one pass.
+
+        Inside groups the root is that of now. Across them it is that of the last refresh, and what it makes of u is cut
+        to the length that the root of now cannot exceed, since C holds u uᵀ already: a direction that C had not seen at
+        the refresh would otherwise be divided by √δ.
+        """
+        weight, roots = self.weight(), self.groups.roots
+        spread = self.groups.spread(self.coupling.diagonal() / self.groups.sizes, self.traces)
+        within = (spread / weight + self.damping_now()).rsqrt()
+        u = self.sums / roots
+        coupled = u @ self.across
+        longest = (weight if self.decay is None else weight / (1 - self.decay)) ** 0.5
+        coupled = coupled * (longest / coupled.norm()).clamp_max(1)
+        return self.groups.blend(observation, u, within, coupled, out)
 
     def shared(self) -> dict[str, Tensor]:
-        return super().shared() | {"within": self.within.clone(), "across": self.across.clone()}
+        return super().shared() | {"across": self.across.clone()}
 
     def restore(self, shared: dict[str, Tensor], columns: dict[tuple[int, int], dict[str, Tensor]]) -> None:
         super().restore(shared, columns)
-        self.within, self.across = shared["within"].clone(), shared["across"].clone()
+        self.across = shared["across"].clone()
 
 
 class BlockMeanAdaGrad(CurvatureOptimizer):
@@ -208,7 +226,8 @@ class BlockMeanAdaGrad(CurvatureOptimizer):
         super().check(group)
         BlockMeanSum(torch.tensor([0]), decay=group["decay"], damping=group["damping"])
         every = group["refresh_every"]
-        require(every >= 1, "refresh_every", every, "refresh_every ≥ 1", "10 to 20 steps are usual")
+        whole = isinstance(every, int) and every >= 1
+        require(whole, "refresh_every", every, "refresh_every ≥ 1, an integer", "10 to 20 steps are usual")
 
     def partition(self, params: list[Tensor], group: dict[str, Any]) -> list[list[int]]:  # noqa: D102
         sizes = [size for _, size in row_groups([p.shape for p in params], group["refresh_every"])]
@@ -239,4 +258,4 @@ class BlockMeanAdaGrad(CurvatureOptimizer):
                 estimate.damping = estimate.damping_now() * step
         estimate.absorb(gradient, block.spare)
         estimate.refresh(group["refresh_every"])
-        return estimate.groups.blend(gradient, estimate.within, estimate.across, sums=estimate.sums, out=block.spare)
+        return estimate.scale_newest(gradient, out=block.spare)
