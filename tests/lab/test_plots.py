@@ -78,3 +78,20 @@ def test_tuning_shows_the_chosen_and_the_diverged():
     assert sorted(crosses.get_xdata()) == [0.4, 0.8]  # far off the scale counts as lost
     (ring,) = [line for line in axes.lines if line.get_markersize() == 9]
     assert (ring.get_xdata()[0], ring.get_ydata()[0]) == (0.2, 0.4)
+
+
+def test_the_target_is_named_above_the_axes_where_no_curve_can_be():
+    (axes,) = plots.curves([series([1.0, 2.0, 3.0])], x="steps", y="accuracy", target=2.5).axes
+    assert axes.get_title(loc="right") == "dotted: 2.5, the target"
+
+
+def test_rates_over_many_decades_are_powers_of_ten_and_stand_apart():
+    rates = [1e-5, 1e-3, 0.1, 1.0]
+    trials = [plots.Trials(name, plots.Style("ours-0"), rates, [0.4, 0.3, 0.2, 0.5], [], 0.1) for name in "AB"]
+    figure = plots.tuning(trials)
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        labels = [label for label in axes.get_xticklabels() if axes.get_xlim()[0] < label.get_position()[0] < 2]
+        assert [label.get_text() for label in labels] == ["10⁻⁵", "10⁻⁴", "10⁻³", "10⁻²", "10⁻¹", "10⁰"]
+        boxes = [label.get_window_extent() for label in labels]
+        assert all(left.x1 < right.x0 for left, right in itertools.pairwise(boxes))

@@ -194,14 +194,18 @@ def test_odd_races_make_a_whole_page_and_table(case, tmp_path):
 
 
 class TestTable:
-    def test_fits_eighty_columns_and_keeps_every_name(self, race):
-        console = Console(width=80, record=True, file=io.StringIO())
-        console.print(results_table(race))
+    @pytest.mark.parametrize(("width", "kept"), [(200, 9), (80, 8), (60, 5)])
+    def test_fits_its_width_and_keeps_every_name_and_figure_whole(self, race, width, kept):
+        console = Console(width=width, record=True, file=io.StringIO())
+        console.print(results_table(race, width))
         lines = [line.rstrip() for line in console.export_text().splitlines()]
-        assert max(map(len, lines)) <= 80
+        assert max(map(len, lines)) <= width
+        assert "…" not in "".join(lines)
         for name, (ours, *_) in FIELD.items():
             (line,) = [line for line in lines if line.startswith(("◆ " if ours else "  ") + name)]
-            assert len(line.split()) >= 9
+            figures = line.replace("◆", "").replace("(2/3)", "").split()
+            assert len(figures) == kept
+            assert "±" in "".join(figures)
         assert "Ginger, seed 1: diverged after step 210" in lines
 
     def test_marks_the_best(self):

@@ -184,10 +184,8 @@ def _draw_curves(
         axes.xaxis.set_major_locator(MaxNLocator(6, steps=[1, 2, 5, 10]))
     if target is not None:
         axes.axhline(target, color=MUTED, lw=0.9, ls=(0, (2, 2)), zorder=1)
-        axes.annotate(
-            "target", (0, target), xycoords=("axes fraction", "data"), xytext=(2, 3), textcoords="offset points",
-            color=MUTED, fontsize=_SMALL - 1,
-        )  # fmt: skip
+        # Above the axes: anywhere on the line it could lie on a curve.
+        axes.set_title(f"dotted: {target:g}, the target", loc="right", color=MUTED, fontsize=_SMALL - 1, pad=9)
     for s in series:
         colour = s.style.colour
         for xs, ys in s.broken:
@@ -253,7 +251,7 @@ def tuning(trials: Sequence[Trials]) -> Figure:
             axes.set_yscale("log")
             _log_ticks(axes.yaxis, low, high)
         axes.set_xscale("log")
-        _log_ticks(axes.xaxis, min(rates), max(rates))
+        _log_ticks(axes.xaxis, min(rates), max(rates), most=6)  # a narrow panel
         for k in kept:
             axes.plot([r for r, _ in k], [v for _, v in k], color=GRID, lw=1.2)
         axes.plot(*_columns(kept[i]), color=t.style.colour, lw=1.6, ls=t.style.line, marker="o", ms=3.4)
@@ -309,17 +307,17 @@ def inline(document: str, prefix: str) -> str:
     return re.sub(r'( id="|href="#|url\(#)', rf"\g<1>{prefix}-", markup)
 
 
-def spread_out(positions: Sequence[float], gap: float) -> list[float]:
-    """Move positions apart until neighbours are `gap` from each other, as little as possible in the square.
+def spread_out(positions: Sequence[float], gap: float, top: float = math.inf) -> list[float]:
+    """Move positions apart until neighbours are `gap` from each other, none above `top`, as little as can be in square.
 
-    >>> spread_out([0.0, 5.0, 5.0], 1.0)
-    [0.0, 4.5, 5.5]
+    >>> spread_out([0.0, 5.0, 5.0], 1.0), spread_out([0.0, 5.0, 5.0], 1.0, top=5.0)
+    ([0.0, 4.5, 5.5], [0.0, 4.0, 5.0])
     """
     order = np.argsort(positions, kind="stable")
     apart = gap * np.arange(len(order))
     moved = np.empty(len(order))
     # With i·gap taken off, "apart by gap" reads "not decreasing".
-    moved[order] = isotonic_regression(np.asarray(positions, dtype=float)[order] - apart) + apart
+    moved[order] = isotonic_regression(np.asarray(positions)[order] - apart, y_max=top - apart[-1]) + apart
     return moved.tolist()
 
 
@@ -347,11 +345,16 @@ def _widened(low: float, high: float, log: bool, share: float = 0.06) -> tuple[f
     return low - margin, high + margin
 
 
-def _log_ticks(axis, low: float, high: float) -> None:
+def _log_ticks(axis, low: float, high: float, most: int = 8) -> None:
     decades = math.log10(high / low)
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,), numticks=8))
+    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2 else (1.0,), numticks=most))
     axis.set_minor_locator(NullLocator())
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axis.set_major_formatter(FuncFormatter(lambda value, _: _power(value) if decades > 3 else f"{value:g}"))
+
+
+def _power(value: float) -> str:
+    # Of ten, in letters that every font has: "1e-05" and "0.0001" side by side would run into each other.
+    return "10" + str(round(math.log10(value))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
 
 
 def _dress(axes: Axes, x: str, y: str) -> None:
@@ -375,7 +378,7 @@ def _label_ends(axes: Axes, series: Sequence[Series]) -> None:
     scale = math.log if axes.get_yscale() == "log" else float
     inside = [min(max(y, bottom), top) for _, _, y in tips]
     heights = [(scale(y) - scale(bottom)) / (scale(top) - scale(bottom)) for y in inside]
-    places = spread_out(heights, 1.35 * _SMALL / (0.78 * 72 * _HEIGHT))
+    places = spread_out(heights, 1.35 * _SMALL / (0.78 * 72 * _HEIGHT), top=1.0)
     for (s, x, _), y, place in zip(tips, inside, places, strict=True):
         hair = {"arrowstyle": "-", "color": s.style.colour, "lw": 0.8, "shrinkA": 1, "shrinkB": 3, "relpos": (0, 0.5)}
         axes.annotate(

@@ -165,7 +165,8 @@ def run_race(race: Race, track: Track, *, command: str) -> Path:
     write_json(track.folder / "results.json", results)
     results = read_json(track.folder / "results.json")  # what a reader of the file sees: no NaN, lists for tuples
     page = report.write_report(results, track.folder)
-    track.display.console.print(report.results_table(results))
+    console = track.display.console
+    console.print(report.results_table(results, console.width))
     track.display.say(f"report: {page}")
     if all(run["diverged"] or run["error"] is not None for given in runs.values() for run in given):
         raise LabError(f"no run finished; {page} says why: try smaller rates or another --set", code=1)

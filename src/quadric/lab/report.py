@@ -12,12 +12,14 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from quadric.lab import plots
 from quadric.lab.checkpoint import write_atomically
 from quadric.lab.standings import (
+    Column,
     Standing,
     columns,
     finite,
@@ -32,9 +34,25 @@ from quadric.lab.standings import (
 )
 
 
-def results_table(results: dict[str, Any]) -> Table:
-    """The summary for the terminal: ours with a ◆, the best of each column bold, the verdict and lost runs below."""
+def results_table(results: dict[str, Any], width: int = 80) -> Table:
+    """The summary for the terminal: ours with a ◆, the best of each column bold, the verdict and lost runs below.
+
+    Args:
+        results: What a race measured, as in its results.json.
+        width: Characters there are; columns that the page has too are left out until the rest fits.
+    """
     ranked = standings(results)
+    shown = columns(results, ranked)
+    table = _table(results, ranked, shown)
+    for spare in ("step ×", "lr", "memory", "test loss", "step", "time"):
+        if Console(width=1000).measure(table).maximum <= width:
+            break
+        shown = [column for column in shown if column.title != spare]
+        table = _table(results, ranked, shown)
+    return table
+
+
+def _table(results: dict[str, Any], ranked: Sequence[Standing], shown: Sequence[Column]) -> Table:
     headline, sentence = verdict(results, ranked)
     lines = [
         sentence,
@@ -42,19 +60,15 @@ def results_table(results: dict[str, Any]) -> Table:
         "◆ quadric’s own; bold: best of its column; ±: standard deviation over seeds",
     ]
     caption = Text("\n".join(lines))
-    # Nine columns fit 80 characters without padding: the box alone sets them apart.
+    # The box alone sets columns apart: padding would cost a column on a terminal of 80 characters.
     look: dict[str, Any] = {"box": box.SIMPLE_HEAD, "padding": 0, "show_edge": False}
     table = Table(title=Text(headline), caption=caption, caption_justify="left", **look)
-    summary = columns(results, ranked)
-    for i, column in enumerate(summary):
+    for i, column in enumerate(shown):
         head = f"{column.title}\n{column.unit}" if column.unit else column.title.replace(" ", "\n")
-        if i:
-            table.add_column(Text(head), justify="right")
-        else:
-            table.add_column(Text(head), no_wrap=True, max_width=24)  # a name outlives the squeeze of a narrow terminal
+        table.add_column(Text(head), justify="right" if i else "left", no_wrap=True, max_width=None if i else 24)
     for row, standing in enumerate(ranked):
         name = Text(("◆ " if standing.ours else "  ") + standing.name, style="cyan" if standing.ours else "")
-        rest = [Text(c.cells[row].replace(" ± ", "±"), "bold green" if row in c.best else "") for c in summary[1:]]
+        rest = [Text(c.cells[row].replace(" ± ", "±"), "bold green" if row in c.best else "") for c in shown[1:]]
         table.add_row(name, *rest)
     return table
 
@@ -359,7 +373,7 @@ h2{font-size:1.55rem;font-weight:600;margin:0 0 .8rem}
 aside{border-left:3px solid var(--ours-1);padding:.2rem 0 .2rem 1.1rem;margin:2rem 0 0;font-size:.95rem}
 aside ul{margin:.3rem 0;padding-left:1.1rem}
 .scroll{overflow-x:auto;min-width:0}
-table{border-collapse:collapse;width:100%;font-size:.93rem;font-variant-numeric:tabular-nums}
+table{border-collapse:separate;border-spacing:0;width:100%;font-size:.93rem;font-variant-numeric:tabular-nums}
 th,td{padding:.55rem .6rem;text-align:right;white-space:nowrap;border-bottom:1px solid var(--grid)}
 thead th{font-weight:500;color:var(--muted);vertical-align:bottom;line-height:1.3;border-bottom:1px solid var(--muted)}
 thead small{display:block;font-size:.8rem;min-height:1.3em}
