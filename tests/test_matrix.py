@@ -40,7 +40,7 @@ def low_ranks(draw):
 def check_against_dense(matrix, dense, tolerance, powers=POWERS):
     """Every operation against powers of the same matrix made dense, ``dense(power)``."""
     dim = matrix.dim
-    v = torch.randn(2, 3, dim, dtype=torch.float64, generator=generator(7))
+    v = torch.randn(2, 3, dim, dtype=torch.float64, generator=generator(1000))  # no seed of the rows
     for power in powers:
         close(matrix.apply(v, power), v @ dense(power), tolerance)
         close(matrix.apply(v[0, 0], power), dense(power) @ v[0, 0], tolerance)
