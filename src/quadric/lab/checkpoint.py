@@ -96,20 +96,12 @@ def _system_error(error: BaseException | None) -> OSError | None:
 
 
 def save(path: Path, state: dict[str, Any]) -> None:
-    """Write a checkpoint: tensors, numbers, strings, lists and dictionaries.
-
-    Args:
-        path: The destination.
-        state: What to keep.
-    """
+    """Write a checkpoint: tensors, numbers, strings, lists and dictionaries."""
     write_atomically(path, lambda file: torch.save({"format": FORMAT, **state}, file))
 
 
 def load(path: Path) -> dict[str, Any]:
     """Read a checkpoint that :func:`save` wrote, onto the CPU.
-
-    Args:
-        path: The checkpoint.
 
     Raises:
         LabError: When the file is missing, truncated, damaged or not a checkpoint of quadric.

@@ -94,6 +94,7 @@ def with_common(command: Callable[..., None]) -> Callable[..., None]:
     own = [p for p in signature(command).parameters.values() if p.name != "common"]
     shared = signature(Common).parameters.values()
     every = [p.replace(kind=Parameter.KEYWORD_ONLY) for p in (*own, *shared)]
+    # What typer reads to know a command's options: the signature for defaults, the annotations for types.
     spread.__signature__ = Signature(every)  # pyright: ignore[reportFunctionMemberAccess]
     spread.__annotations__ = {p.name: p.annotation for p in every}
     spread.__name__, spread.__doc__ = command.__name__, command.__doc__
@@ -229,6 +230,12 @@ def start(
     from quadric.lab.tasks import load_task, text_task_from
     from quadric.lab.train import choose_device
 
+    for option, value in (("--target", common.target), ("--checkpoint-seconds", common.checkpoint_seconds)):
+        if value is not None and not math.isfinite(value):
+            raise LabError(f"{option} must be a finite number, not {value}")
+    cores = os.cpu_count() or 1
+    if common.threads is not None and common.threads > cores:
+        raise LabError(f"--threads {common.threads} is more than this machine's {cores} cores; give at most {cores}")
     device = choose_device(common.device.value)
     # A file or a pipe has no width of its own: wide enough for the table.
     console = Console(width=None if sys.stdout and sys.stdout.isatty() else 100)
@@ -240,12 +247,6 @@ def start(
         task = task.first(common.examples)
     if common.augment and task.kind != "image":
         raise LabError(f"--augment shifts images, and {task.name} has none; leave it out")
-    for option, value in (("--target", common.target), ("--checkpoint-seconds", common.checkpoint_seconds)):
-        if value is not None and not math.isfinite(value):
-            raise LabError(f"{option} must be a finite number, not {value}")
-    cores = os.cpu_count() or 1
-    if common.threads is not None and common.threads > cores:
-        raise LabError(f"--threads {common.threads} is more than this machine's {cores} cores; give at most {cores}")
     if threads := common.threads or task.threads:
         torch.set_num_threads(threads)
     epochs = common.epochs or task.epochs
@@ -363,11 +364,7 @@ def _unfinished(why: str, words: Sequence[str], folder: Path, out: Path | None, 
 
 
 def run(arguments: Sequence[str]) -> int:
-    """Run a command line and return its exit status; every failure becomes one line on stderr.
-
-    Args:
-        arguments: The words after ``quadric``.
-    """
+    """Run a command line and return its exit status; every failure becomes one line on stderr."""
     try:
         words = _with_number_of_rates(_with_remembered(arguments))
         status: Any = app(args=words, prog_name="quadric", standalone_mode=False, obj=list(arguments))

@@ -38,39 +38,21 @@ class Display:
         self.current = self.bars.add_task("", total=1, state="", visible=False)
 
     def say(self, line: str) -> None:
-        """Print a line above the bars.
-
-        Args:
-            line: What to say.
-        """
+        """Print a line above the bars."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def begin(self, label: str, steps: int) -> None:
-        """Start a run.
-
-        Args:
-            label: What it is called beside its bar.
-            steps: How long it is.
-        """
+        """Start a run of so many steps."""
         self.bars.update(self.current, description=label, total=steps, completed=0, state="", visible=True)
 
     def step(self, steps: int, state: str) -> bool:
-        """Show where the current run is; True when the person asked to stop.
-
-        Args:
-            steps: Steps the run has taken.
-            state: Its loss and metric.
-        """
+        """Show that the current run has taken so many steps; True when the person asked to stop."""
         self.bars.update(self.current, completed=steps, state=state)
         self.bars.update(self.whole, completed=self.done + steps)
         return self.interrupted
 
     def end(self, steps: int) -> None:
-        """Finish the current run, which may have stopped early.
-
-        Args:
-            steps: Steps that were planned for it.
-        """
+        """Finish the current run, which was to take so many steps and may have stopped early."""
         self.done += steps
         self.bars.update(self.whole, completed=self.done)
         self.bars.update(self.current, visible=False)

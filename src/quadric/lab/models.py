@@ -12,22 +12,12 @@ from quadric.lab.tasks import Task
 
 
 def logistic(shape: Sequence[int], outputs: int) -> nn.Module:
-    """One linear layer: logistic regression, or linear regression where the task asks for numbers.
-
-    Args:
-        shape: One input's shape.
-        outputs: Classes, or numbers to predict.
-    """
+    """One linear layer: logistic regression, or linear regression where the task asks for numbers."""
     return nn.Sequential(nn.Flatten(), nn.Linear(math.prod(shape), outputs))
 
 
 def mlp(shape: Sequence[int], outputs: int) -> nn.Module:
-    """Two hidden ReLU layers: 64 wide for small inputs (up to 100 numbers), 256 for larger ones.
-
-    Args:
-        shape: One input's shape.
-        outputs: Classes, or numbers to predict.
-    """
+    """Two hidden ReLU layers: 64 wide for small inputs (up to 100 numbers), 256 for larger ones."""
     inputs = math.prod(shape)
     width = 64 if inputs <= 100 else 256
     return nn.Sequential(
@@ -42,10 +32,6 @@ def mlp(shape: Sequence[int], outputs: int) -> nn.Module:
 
 def three_c_three_d(shape: Sequence[int], outputs: int) -> nn.Module:
     """DeepOBS's 3c3d: three convolutions with max-pooling, three dense layers; 895,210 parameters on CIFAR-10.
-
-    Args:
-        shape: Channels, height and width of an image, at least 10 x 10.
-        outputs: Classes.
 
     Raises:
         LabError: When the image is too small for the unpadded convolutions.
@@ -197,10 +183,6 @@ MODELS: dict[str, tuple[Builder, tuple[str, ...]]] = {
 
 def build_model(name: str, task: Task) -> nn.Module:
     """A freshly initialised network for a task; draws from torch's global generator.
-
-    Args:
-        name: One of ``MODELS``.
-        task: Gives the kind and shape of the inputs and the number of outputs.
 
     Raises:
         LabError: When there is no such model, or it cannot take such inputs.

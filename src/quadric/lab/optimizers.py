@@ -84,11 +84,7 @@ class MuonAdamW:
         return {"muon": self.muon.state_dict(), "adamw": self.adamw.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Restore both states.
-
-        Args:
-            state: From :meth:`state_dict`.
-        """
+        """Restore both states."""
         self.muon.load_state_dict(state["muon"])
         self.adamw.load_state_dict(state["adamw"])
 
@@ -148,9 +144,6 @@ ENTRANTS: dict[str, Entrant] = {
 def find_entrant(name: str) -> Entrant:
     """An entrant by its name on the command line.
 
-    Args:
-        name: One of ``ENTRANTS``.
-
     Raises:
         LabError: When there is none.
     """
@@ -161,10 +154,6 @@ def find_entrant(name: str) -> Entrant:
 
 def check_rate(option: str, value: Any) -> None:
     """A learning rate is a positive number.
-
-    Args:
-        option: Where it was given.
-        value: What was given.
 
     Raises:
         LabError: When it is not.
@@ -237,10 +226,6 @@ def build_optimizer(name: str, model: nn.Module, lr: float, overrides: Mapping[s
 
 def held_bytes(optimizer: object, model: nn.Module) -> int:
     """Bytes of all tensors an optimizer keeps, each storage once; parameters and gradients are not its own.
-
-    Args:
-        optimizer: Any object.
-        model: The network it trains.
 
     Example:
         >>> model = nn.Linear(100, 1, bias=False)

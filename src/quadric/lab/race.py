@@ -72,14 +72,7 @@ class Race:
         return max(self.seeds) + 1000
 
     def plan(self, optimizer: str, lr: float, seed: int, epochs: int) -> Plan:
-        """The plan of one run.
-
-        Args:
-            optimizer: Its entrant.
-            lr: Its learning rate.
-            seed: Its seed.
-            epochs: Its length.
-        """
+        """The plan of one run."""
         settings = {key: value for key, value in self.settings.get(optimizer, {}).items() if key != "lr"}
         return Plan(
             optimizer=optimizer,
@@ -121,11 +114,6 @@ class Track:
 def log_grid(low: float, high: float, count: int) -> tuple[float, ...]:
     """Learning rates at equal ratios, rounded to two digits.
 
-    Args:
-        low: The smallest.
-        high: The largest.
-        count: How many.
-
     Example:
         >>> log_grid(1e-4, 1.0, 5)
         (0.0001, 0.001, 0.01, 0.1, 1.0)
@@ -137,11 +125,6 @@ def log_grid(low: float, high: float, count: int) -> tuple[float, ...]:
 
 def run_race(race: Race, track: Track, *, command: str) -> Path:
     """Tune, race, write results.json and the report; whatever is finished in the folder already is not repeated.
-
-    Args:
-        race: What to do.
-        track: Where.
-        command: The command line, for the report.
 
     Returns:
         The path of the report.
@@ -175,11 +158,6 @@ def run_race(race: Race, track: Track, *, command: str) -> Path:
 
 def run_single(race: Race, track: Track, *, command: str) -> None:
     """A race of one: train, then keep the parameters, the checkpoint and a results.json.
-
-    Args:
-        race: One optimizer and one seed, nothing to tune.
-        track: Where.
-        command: The command line.
 
     Raises:
         LabError: When the run did not reach its end; everything is saved before.
@@ -292,24 +270,14 @@ def describe_race(
 
 
 def check_race(race: Race, task: Task) -> None:
-    """Build everything once, so that an impossible value is answered before an hour of training.
-
-    Args:
-        race: The race.
-        task: Its task.
-    """
+    """Build everything once, so that an impossible value is answered before an hour of training."""
     model = build_model(race.model, task)
     for name in race.optimizers:
         build_optimizer(name, model, 1e-3, race.plan(name, 1e-3, 0, 1).settings)
 
 
 def count_steps(race: Race, task: Task) -> int:
-    """Steps of all trials and runs.
-
-    Args:
-        race: The race.
-        task: Its task.
-    """
+    """Steps of all trials and runs."""
     trial = _steps(task.for_tuning(), race.batch_size, race.tune_epochs) if race.rates else 0
     run = _steps(task, race.batch_size, race.epochs)
     return len(race.optimizers) * (len(race.rates) * trial + len(race.seeds) * run)

@@ -41,11 +41,7 @@ class ScalarLog:
             self.add(record)
 
     def add(self, record: Mapping[str, Any]) -> None:
-        """Append a record.
-
-        Args:
-            record: One entry of a history.
-        """
+        """Append a record."""
         values = [Summary.Value(tag=key, simple_value=record[key]) for key in record if key not in ("step", "epoch")]
         event = Event(wall_time=self.origin + record["seconds"], step=record["step"], summary=Summary(value=values))
         self._append(event)

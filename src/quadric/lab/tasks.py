@@ -100,9 +100,6 @@ class Task:
     def first(self, examples: int) -> "Task":
         """The same task with fewer training examples.
 
-        Args:
-            examples: How many to keep.
-
         Raises:
             LabError: When there are not so many.
         """
@@ -112,11 +109,7 @@ class Task:
         return replace(self, train=(inputs[:examples], targets[:examples]))
 
     def to(self, device: torch.device) -> "Task":
-        """The same task with its data on a device.
-
-        Args:
-            device: Where to.
-        """
+        """The same task with its data on a device."""
         train, test = ((x.to(device), y.to(device)) for x, y in (self.train, self.test))
         return replace(self, train=train, test=test)
 
@@ -365,9 +358,6 @@ def fetch_images(name: str, openml: str, count: int, shape: tuple[int, ...], pat
 def load_shakespeare(data_dir: Path | None) -> Task:
     """The tiny Shakespeare text, 1.1 million characters.
 
-    Args:
-        data_dir: Folder with tinyshakespeare.txt.
-
     Raises:
         LabError: When the folder is not given or lacks the file.
     """
@@ -379,11 +369,7 @@ def load_shakespeare(data_dir: Path | None) -> Task:
 
 
 def text_task_from(path: Path) -> Task:
-    """Any text file as a task.
-
-    Args:
-        path: The file.
-    """
+    """Any text file as a task."""
     return text_task(path.stem, f"The text {path.name}", read_text(path))
 
 
@@ -447,9 +433,6 @@ TASKS = ("digits", *IMAGE_SETS, "shakespeare", "regression")
 def arrays(path: Path) -> Iterator[Any]:
     """An open .npz file, from which arrays are taken by name.
 
-    Args:
-        path: The file.
-
     Raises:
         LabError: When it is missing or damaged, or lacks an array that is asked of it.
     """
@@ -468,9 +451,6 @@ def arrays(path: Path) -> Iterator[Any]:
 
 def read_text(path: Path) -> bytes:
     """A text file's bytes; ``.xz`` is unpacked.
-
-    Args:
-        path: The file.
 
     Raises:
         LabError: When it cannot be read.

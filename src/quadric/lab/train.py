@@ -229,13 +229,7 @@ def rate(step: int, total: int, plan: Plan) -> float:
 
 
 def epoch_order(seed: int, epoch: int, examples: int) -> Tensor:
-    """The order of the examples in an epoch: a function of the seed, so there is no state to keep.
-
-    Args:
-        seed: Of the run.
-        epoch: Counted from 0.
-        examples: How many there are.
-    """
+    """The order of the examples in an epoch: a function of the seed, so there is no state to keep."""
     return torch.randperm(examples, generator=torch.Generator().manual_seed(seed * 1_000_003 + epoch))
 
 
@@ -280,15 +274,7 @@ def evaluate(model: nn.Module, task: Task, batch_size: int = 1000) -> tuple[floa
 
 
 def save(path: Path, plan: Plan, progress: Progress, model: nn.Module, optimizer: Any) -> None:
-    """Write a checkpoint between two steps.
-
-    Args:
-        path: Where.
-        plan: What the run is.
-        progress: Where it stands.
-        model: Its network.
-        optimizer: Its optimizer.
-    """
+    """Write a checkpoint between two steps."""
     state = {
         "plan": asdict(plan),
         "progress": {**vars(progress), "recent": list(progress.recent)},
@@ -302,12 +288,6 @@ def save(path: Path, plan: Plan, progress: Progress, model: nn.Module, optimizer
 
 def restore(path: Path, plan: Plan, model: nn.Module, optimizer: Any) -> Progress:
     """Put a run back to where its checkpoint stands.
-
-    Args:
-        path: The checkpoint.
-        plan: What the run is.
-        model: Its network, to be overwritten.
-        optimizer: Its optimizer, to be overwritten.
 
     Raises:
         LabError: When the checkpoint is of another run, or does not fit.
@@ -332,14 +312,7 @@ def restore(path: Path, plan: Plan, model: nn.Module, optimizer: Any) -> Progres
 
 
 def describe_run(plan: Plan, progress: Progress, model: nn.Module, optimizer: Any) -> dict[str, Any]:
-    """A finished run as results.json has it.
-
-    Args:
-        plan: What it was.
-        progress: How it went.
-        model: Its network.
-        optimizer: Its optimizer.
-    """
+    """A finished run as results.json has it."""
     return {
         "seed": plan.seed,
         "steps": progress.step,
@@ -355,9 +328,6 @@ def describe_run(plan: Plan, progress: Progress, model: nn.Module, optimizer: An
 def choose_device(name: str) -> torch.device:
     """A device by its name on the command line.
 
-    Args:
-        name: "cpu", "cuda" or "auto".
-
     Raises:
         LabError: When there is no such device here.
     """
@@ -367,11 +337,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def make_reproducible(device: torch.device) -> None:
-    """Ask for the same bits in every run; on the CPU torch gives them unasked.
-
-    Args:
-        device: Where the run will be.
-    """
+    """Ask for the same bits in every run; on the CPU torch gives them unasked."""
     if device.type == "cuda":
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic only with it
         torch.backends.cudnn.benchmark = False
@@ -379,11 +345,7 @@ def make_reproducible(device: torch.device) -> None:
 
 
 def now(device: torch.device) -> float:
-    """Seconds on a clock, once the device has finished what it was given.
-
-    Args:
-        device: Where the work is.
-    """
+    """Seconds on a clock, once the device has finished what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
