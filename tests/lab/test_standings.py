@@ -165,6 +165,15 @@ class TestVerdict:
         race = short_race({"A": (True, [90.0]), "B": (False, [91.0])}, target=96.0)
         assert said(race)[1].endswith("; none reached 96 %.")
 
+    def test_pace_where_nobody_always_got_there(self):
+        finals = {"A": (True, [97.0, 97.0, 90.0]), "B": (False, [90.0, 97.0, 90.0])}
+        times = {"A": [2, 4, 1], "B": [1, 1, 1]}
+        text = said(short_race(finals, target=96.0, times=times))[1]
+        assert text.endswith("; A reached 96 % most often, in 2 of 3 seeds, in 3 s.")
+        finals["B"] = (False, [90.0, 90.0, 90.0])
+        text = said(short_race(finals, target=96.0, times=times))[1]
+        assert text.endswith("; A alone reached 96 % in 3 s, though not in every seed (2 of 3).")
+
     def test_pace_of_one_that_missed_a_seed_does_not_count_against_one_that_never_did(self):
         finals = {"A": (True, [97.0, 90.0]), "B": (False, [97.0, 97.0])}
         race = short_race(finals, target=96.0, times={"A": [1, 1], "B": [5, 5]})

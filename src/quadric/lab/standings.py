@@ -319,6 +319,9 @@ def _pace(results: dict[str, Any], ranked: Sequence[Standing]) -> str:
     first, second = quick[0], _opponent(quick[0], quick)
     assert first.reached is not None
     among = "" if most == 1 else f", though not in every seed ({first.reached.count} of {len(first.runs)})"
+    if second is None and most < 1 and sum(s.reached is not None for s in ranked) > 1:
+        often = f"{first.reached.count} of {len(first.runs)} seeds, in {_mean(first.reached)} s"
+        return f"; {first.name} reached {goal(results)} most often, in {often}"
     if second is None:
         alone = "it" if len(ranked) == 1 else f"{first.name} alone"
         always = "" if most < 1 else " in every seed,"
