@@ -59,12 +59,13 @@ def stepping(make: Callable, shapes: list[tuple[int, ...]], formula: Callable | 
 
 def held_numbers(optimizer: quadric.CurvatureOptimizer) -> float:
     """Float32 numbers that the optimizer really holds, everything in its blocks counted."""
-    held = 0
+    storages = {}
     for blocks in optimizer._blocks.values():
         for block in blocks:
             tensors = [*block.curvature.buffers(), *vars(block).values(), *block.buffers.values()]
-            held += sum(t.untyped_storage().nbytes() for t in tensors if isinstance(t, torch.Tensor))
-    return held / 4
+            kept = [t.untyped_storage() for t in tensors if isinstance(t, torch.Tensor)]
+            storages |= {storage.data_ptr(): storage.nbytes() for storage in kept}
+    return sum(storages.values()) / 4
 
 
 def measure(title: str, rows: dict[str, Row], rounds: int, base: str) -> None:

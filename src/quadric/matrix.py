@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any
 
@@ -360,14 +361,22 @@ class Groups:
 
     def _set(self, runs: list[tuple[int, int]], sizes: Tensor) -> None:
         self._runs, self.sizes, self.roots = runs, sizes, sizes.to(wide(sizes)).sqrt()
+        self._several, self._others = sizes > 1, (sizes - 1).clamp_min(1)
         self.dim, self.count = int(sizes.sum()), len(sizes)
         self._order = self._by_size = self._place = None
 
     def sum(self, v: Tensor) -> Tensor:
         """Sums over each group, ``(..., dim)`` to ``(..., L)``."""
+        return self._reduce(v, lambda view: view.sum(-1))
+
+    def square_sum(self, v: Tensor) -> Tensor:
+        """Sums of squares over each group, ``(..., dim)`` to ``(..., L)``, without a vector of squares."""
+        return self._reduce(v, lambda view: torch.linalg.vector_norm(view, dim=-1)).square()
+
+    def _reduce(self, v: Tensor, reduce: Callable[[Tensor], Tensor]) -> Tensor:
         v = v if self._order is None else v[..., self._order]
-        sums = torch.cat([view.sum(-1) for view in self._views(v)], -1)
-        return sums if self._place is None else sums[..., self._place]
+        values = torch.cat([reduce(view) for view in self._views(v)], -1)
+        return values if self._place is None else values[..., self._place]
 
     def blend(self, v: Tensor, u: Tensor, within: Tensor, coupled: Tensor, out: Tensor | None = None) -> Tensor:
         """``within ∘ (v − its group means) + Q coupled``, the product of a function of a block mean matrix with v.
@@ -385,8 +394,7 @@ class Groups:
     def spread(self, diagonal: Tensor, traces: Tensor) -> Tensor:
         """The λ of :class:`BlockMean` from the diagonal of C and the traces D, ``(L,)`` each."""
         # Rounding may leave a hair below zero; a group of one has no spread, and its λ is multiplied by nothing.
-        inside = (traces - diagonal).clamp_min(0) / (self.sizes - 1).clamp_min(1)
-        return torch.where(self.sizes > 1, inside, diagonal)
+        return torch.where(self._several, (traces - diagonal).clamp_min(0) / self._others, diagonal)
 
     def affine(self, v: Tensor, scale: Tensor, shift: Tensor, out: Tensor | None = None) -> Tensor:
         """``scale·v + shift`` with one scale and one shift for each group, ``(..., L)`` each."""

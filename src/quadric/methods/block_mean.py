@@ -20,7 +20,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor, _foreach_addcmul_, _foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
+from torch import Tensor, _foreach_add_, _foreach_addcmul_, _foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
 
 from quadric.curvature import Curvature, Schedule
 from quadric.matrix import BlockMean, Groups
@@ -29,7 +29,7 @@ from quadric.tiles import Tiles, wide
 
 __all__ = ["BlockMeanAdaGrad", "BlockMeanSum"]
 
-TINY = 1e-16  # keeps the root of a second moment that is still zero from dividing
+FLOOR = 1e-32  # of a second moment: zero over its root is zero
 
 
 def row_groups(shapes: list[torch.Size], refresh_every: int) -> list[tuple[int, int]]:
@@ -80,13 +80,7 @@ class BlockMeanSum(Curvature):
         for name in ("coupling", "traces", "example"):
             self.register_buffer(name, torch.empty(0))
 
-    def absorb(self, observation: Tensor, scratch: Tensor | None = None) -> None:
-        """Learn from an observation.
-
-        Args:
-            observation: ``(dim,)``.
-            scratch: memory for its squares.
-        """
+    def absorb(self, observation: Tensor) -> None:  # noqa: D102
         if not self.updates:
             self.example = observation.new_empty(0, dtype=torch.promote_types(observation.dtype, torch.float32))
             small = {"dtype": wide(observation), "device": observation.device}
@@ -95,8 +89,7 @@ class BlockMeanSum(Curvature):
         past, now = (1.0, 1.0) if self.decay is None else (self.decay, 1 - self.decay)
         self.sums = self.groups.sum(observation).to(self.coupling.dtype)
         self.coupling.addr_(self.sums, self.sums, beta=past, alpha=now)
-        squares = torch.mul(observation, observation, out=scratch)
-        self.traces.mul_(past).add_(self.groups.sum(squares), alpha=now)
+        self.traces.mul_(past).add_(self.groups.square_sum(observation), alpha=now)
         self.updates += 1
 
     def matrix(self) -> BlockMean:  # noqa: D102
@@ -246,16 +239,17 @@ class BlockMeanAdaGrad(CurvatureOptimizer):
         decay, step = group["decay"], block.step
         estimate.decay, estimate.damping = decay, group["damping"]
         if group["whiten"]:
-            moment = block.buffer("second_moment")
-            live = block.live(gradient)
-            if decay is not None:
-                _foreach_mul_(block.live(moment), decay)
-            _foreach_addcmul_(block.live(moment), live, live, value=1.0 if decay is None else 1 - decay)
-            root = torch.sqrt(moment, out=block.spare).add_(TINY)
+            moment, live = block.buffer("second_moment"), block.live(gradient)
+            past, now = (1.0, 1.0) if decay is None else (decay, 1 - decay)
+            if decay is not None or step == 1:
+                _foreach_mul_(block.live(moment), past)
+                _foreach_add_(block.live(moment), FLOOR)
+            _foreach_addcmul_(block.live(moment), live, live, value=now)
             mean = step if decay is None else 1 - decay**step
-            torch.addcdiv(gradient.new_zeros(()), gradient, root, value=mean**0.5, out=gradient)
+            root = torch.rsqrt(moment, out=block.spare)
+            torch.addcmul(gradient.new_zeros(()), gradient, root, value=mean**0.5, out=gradient)
             if decay is None:
                 estimate.damping = estimate.damping_now() * step
-        estimate.absorb(gradient, block.spare)
+        estimate.absorb(gradient)
         estimate.refresh(group["refresh_every"])
         return estimate.scale_newest(gradient, out=block.spare)
