@@ -35,12 +35,12 @@ FLOOR = 1e-32  # of a second moment: zero over its root is zero
 def row_groups(shapes: list[torch.Size], refresh_every: int) -> list[tuple[int, int]]:
     """Groups of each tensor, ``(groups, size)``: its rows (output neurons or channels), whole if it has one axis.
 
-    There are at most ∛(refresh_every · d) groups in all, so that an eigendecomposition costs no more than the passes
-    over d numbers between two of them; rows of a tensor are joined, equally many, until they fit.
+    There are at most ∛(refresh_every · d / 4) groups in all, so that an eigendecomposition costs little beside the
+    passes over d numbers between two of them; rows of a tensor are joined, equally many, until they fit.
     """
     rows = [shape[0] if len(shape) > 1 else 1 for shape in shapes]
     dim = sum(shape.numel() for shape in shapes)
-    share = min(1.0, max(1.0, (refresh_every * dim) ** (1 / 3)) / sum(rows))
+    share = min(1.0, max(1.0, (refresh_every * dim / 4) ** (1 / 3)) / sum(rows))
     counts = [max(n for n in range(1, max(1, int(r * share)) + 1) if r % n == 0) for r in rows]
     return [(n, shape.numel() // n) for n, shape in zip(counts, shapes, strict=True)]
 
