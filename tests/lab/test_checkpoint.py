@@ -78,6 +78,16 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path):
         checkpoint.save(tmp_path / "file" / "run.pt", {})
 
 
+def test_a_disk_that_turned_read_only_is_one_sentence_and_not_the_failure_to_clean_up(tmp_path, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    for name in ("open", "unlink"):
+        monkeypatch.setattr(type(tmp_path), name, refuse)
+    with pytest.raises(LabError, match=r"disk is read-only: choose another --out, or make it writable and repeat with"):
+        checkpoint.save(tmp_path / "run.pt", {})
+
+
 def test_programming_errors_are_not_hidden(tmp_path):
     with pytest.raises(RuntimeError, match="mine"):
         checkpoint.write_atomically(tmp_path / "a", lambda file: (_ for _ in ()).throw(RuntimeError("mine")))

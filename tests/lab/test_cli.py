@@ -168,6 +168,21 @@ def test_resume_remembers_the_options(quadric, tmp_path):
     assert "adamw, seed 7" in out
 
 
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"arguments": 3}', '{"arguments": [3]}', '{"arguments": ["--x"]}'])
+def test_a_broken_configuration_is_one_line(quadric, tmp_path, content):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "a" / "config.json").write_text(content)
+    status, _, err = quadric("train", "--out", "a", "--resume")
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.rstrip().endswith(("choose another --out", "see quadric train --help"))
+
+
+def test_more_in_a_step_than_there_is_means_all_of_it(quadric, tmp_path):
+    assert quadric("train", *SMALL, "--optimizer", "sgd", "--batch-size", "1000", "--out", "a")[0] == 0
+    results = json.loads((tmp_path / "a" / "results.json").read_text())
+    assert (results["batch_size"], results["steps"]) == (300, 2)
+
+
 def test_a_broken_checkpoint_is_one_line(quadric, tmp_path):
     assert quadric("train", *SMALL, "--optimizer", "sgd", "--out", "a")[0] == 0
     path = tmp_path / "a" / "checkpoint.pt"

@@ -157,6 +157,23 @@ def test_what_diverges_is_recorded_and_loses(tmp_path, digits):
     assert "sgd, seed 0: diverged after step 1" in said
 
 
+def test_what_an_optimizer_refuses_is_kept_with_its_sentence_and_the_race_goes_on(tmp_path, digits, monkeypatch):
+    def refuse(self, closure=None):
+        raise TypeError("not\nlike this")
+
+    monkeypatch.setattr(torch.optim.SGD, "step", refuse)
+    results, page, said, display = start(small_race(seeds=(0,)), digits, tmp_path)
+    sgd, adamw = (results["tuning"]["trials"][name] for name in ("SGD", "AdamW"))
+    assert [(t["error"], t["loss"], t["diverged"]) for t in sgd] == [("TypeError: not like this", None, False)] * 2
+    assert [t["error"] for t in adamw] == [None, None]
+    (run,) = results["entrants"][0]["runs"]
+    assert (run["error"], run["steps"], run["history"]) == ("TypeError: not like this", 0, [])
+    assert "sgd, seed 0: failed after step 0: TypeError: not like this" in said
+    assert "SGD at 0.0001, 0.1: TypeError: not like this" in page.read_text()
+    assert results["entrants"][1]["runs"][0]["error"] is None
+    assert display.done == count_steps(small_race(seeds=(0,)), digits)
+
+
 def test_tuning_leaves_diverging_rates_aside_and_names_the_end_of_the_grid(tmp_path, digits):
     race = small_race(optimizers=("sgd",), rates=(0.01, 0.1, 1e18), seeds=(0,), model="mlp", tune_epochs=2)
     results, _, said, _ = start(race, digits, tmp_path)

@@ -110,6 +110,12 @@ def test_a_run_that_diverges_ends_and_says_so(tmp_path, digits):
     assert (again.diverged, again.step) == (True, progress.step)
 
 
+def test_a_test_loss_that_is_not_finite_is_divergence_too(digits):
+    task = dataclasses.replace(digits, loss=lambda o, y: nn.functional.cross_entropy(o, y) / (len(o) < 50))
+    progress, _, _ = train.train(plan(), task, CPU)
+    assert (progress.step, progress.diverged, progress.error) == (6, True, None)
+
+
 class Thorn(torch.autograd.Function):
     """The identity, whose gradient is NaN from the fifth step on."""
 
