@@ -405,7 +405,7 @@ class Groups:
         counts = [n for n, _ in self._runs]
         parts = (self._views(x), self._views(ordered), scale.split(counts, -1), shift.split(counts, -1))
         for target, view, a, b in zip(*parts, strict=True):
-            torch.addcmul(b.unsqueeze(-1), view, a.unsqueeze(-1), out=target)
+            torch.mul(view, a.unsqueeze(-1), out=target).add_(b.unsqueeze(-1))  # addcmul is scalar code when broadcast
         return x if self._order is None else torch.empty_like(v).index_copy_(-1, self._order, x)
 
     def _views(self, v: Tensor) -> list[Tensor]:
