@@ -34,17 +34,17 @@ from quadric.tiles import Tiles, combine, project, remix_, wide
 __all__ = ["Ginger", "HeaviestDirections", "sampled_loss"]
 
 
-def decay_and_truncate(mixing: Tensor, gram: Tensor, slot: int, decay: Tensor) -> Tensor:
+def decay_and_truncate(mixing: Tensor, gram: Tensor, slot: int, decay: float | Tensor) -> Tensor:
     """The rows of ``α RᵀR + (1−α) d dᵀ`` without its lightest direction, as combinations of the slots.
 
     Args:
         mixing: R as combinations of the slots, ``(blocks, rank, slots)``.
         gram: inner products of the slots, ``(blocks, slots, slots)``.
         slot: where d is.
-        decay: α, ``(blocks, 1, 1)``.
+        decay: α, one or ``(blocks, 1, 1)``.
     """
-    rows = F.pad(decay.sqrt() * mixing, (0, 0, 0, 1))
-    rows[:, -1, slot] = (1 - decay).sqrt().flatten()
+    rows = F.pad(decay**0.5 * mixing, (0, 0, 0, 1))
+    rows[:, -1:, slot : slot + 1] = (1 - decay) ** 0.5
     vectors = torch.linalg.eigh(rows @ gram @ rows.mT).eigenvectors  # ascending: the lightest comes first
     return vectors[:, :, 1:].mT @ rows
 
@@ -95,6 +95,7 @@ class HeaviestDirections(Curvature):
     average: Tensor  # (blocks, 1, slots), the average of tracked gradients, likewise
     weight: Tensor  # (blocks, 1, 1), what the weights in that average add up to
     lengths: Tensor  # (blocks, 1, 1), coordinates of each block
+    real: Tensor  # (blocks, rank, 1), which rows a block has the coordinates for
 
     def __init__(self, dim: int, rank: int, decay: float, damping: Schedule, *, sizes: list[int] | None = None):
         super().__init__(Tiles(sizes or [dim]), damping)
@@ -105,7 +106,7 @@ class HeaviestDirections(Curvature):
         # Rows and average after a compression, then room for the vectors up to the next.
         self.capacity = rank + 1 + max(4, rank // 2)
         self.filled = 0
-        for name in ("slots", "gram", "mixing", "average", "weight", "lengths"):
+        for name in ("slots", "gram", "mixing", "average", "weight", "lengths", "real"):
             self.register_buffer(name, torch.empty(0))
 
     def _make(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -117,6 +118,8 @@ class HeaviestDirections(Curvature):
         self.average = torch.zeros(blocks, 1, capacity, **small)
         self.weight = torch.zeros(blocks, 1, 1, **small)
         self.lengths = torch.tensor(self.tiles.sizes, device=device).view(-1, 1, 1)
+        # A block of fewer coordinates than rank has no more directions than coordinates: the others are rounding.
+        self.real = torch.arange(self.rank, 0, -1, device=device).view(-1, 1) <= self.lengths
 
     def inbox(self, flat: Tensor) -> Tensor:
         """The next free slot, ``(tiles.length,)``, or ``flat`` where room has to be made first."""
@@ -133,9 +136,7 @@ class HeaviestDirections(Curvature):
         """
         slot = self._store(observation)
         decay = self._factor(self.decay, present)
-        # A block of fewer coordinates than rank has no more directions than coordinates: the others are rounding.
-        real = torch.arange(self.rank, 0, -1, device=self.lengths.device).view(-1, 1) <= self.lengths
-        self.mixing = decay_and_truncate(self.mixing, self.gram, slot, decay) * real
+        self.mixing = decay_and_truncate(self.mixing, self.gram, slot, decay) * self.real
         self.updates += 1
 
     def track(self, gradient: Tensor | None, beta: float, present: Tensor | None = None) -> None:
@@ -147,17 +148,26 @@ class HeaviestDirections(Curvature):
             present: which blocks it covers; the others stay as they are.
         """
         slot = self.filled - 1 if gradient is None else self._store(gradient)
-        beta_of_block = self._factor(beta, present)
-        self.average.mul_(beta_of_block)
-        self.average[:, :, slot] += 1 - beta_of_block.squeeze(-1)
-        self.weight.mul_(beta_of_block).add_(1 - beta_of_block)
+        past = self._factor(beta, present)
+        self.average.mul_(past)[:, :, slot : slot + 1] += 1 - past
+        self.weight.mul_(past).add_(1 - past)
 
     def solve_average(self, out: Tensor | None = None) -> Tensor:
-        """``(G + γI)⁻¹ m̂`` for the bias-corrected average m̂, ``(tiles.length,)``: one read of the slots."""
+        """``(G + γI)⁻¹ m̂`` for the bias-corrected average m̂, ``(tiles.length,)``: one read of the slots.
+
+        Where the slots are full they are compressed on the way, which changes how the matrix is kept, not which it is.
+        The result then lies in a free slot: use it before the next update.
+
+        Args:
+            out: memory for the result otherwise.
+        """
         damping = self.damping_now()
         along, rest, weights = self._split_average()
-        along, rest = along / self.weight.clamp_min(1e-300), rest / self.weight.clamp_min(1e-300)
         weights_of_slots = rest / damping + (along / (damping + weights)) @ self.mixing
+        weights_of_slots /= self.weight.clamp_min(1e-300)
+        if self.filled == self.capacity:  # a compression is due: one read of the slots serves both
+            self._compress(weights_of_slots)
+            return self.slots[self.filled]
         return self._combine(weights_of_slots[..., : self.filled], out).flatten()
 
     def matrix(self) -> LowRank:  # noqa: D102
@@ -165,9 +175,9 @@ class HeaviestDirections(Curvature):
             return LowRank(torch.zeros(0, self.dim), self.damping_now())
         return LowRank.of_tiles(self._combine(self.mixing[..., : self.filled]), self.tiles, self.damping_now())
 
-    def _factor(self, value: float, present: Tensor | None) -> Tensor:
-        factor = torch.full_like(self.weight, value)
-        return factor if present is None else torch.where(present.view(-1, 1, 1), factor, 1)
+    def _factor(self, value: float, present: Tensor | None) -> float | Tensor:
+        """A factor of the past, one for blocks that are not present."""
+        return value if present is None else torch.where(present.view(-1, 1, 1), value, torch.ones_like(self.weight))
 
     def _combine(self, coefficients: Tensor, out: Tensor | None = None) -> Tensor:
         coefficients = self.tiles.spread(coefficients.to(self.slots.dtype)).contiguous()
@@ -196,11 +206,16 @@ class HeaviestDirections(Curvature):
         open_ = (self.lengths > self.rank) | (self.lengths > self.updates)
         return along, rest * open_, weights
 
-    def _compress(self) -> None:
-        """Make slots of the rows themselves and of the average's part across them, freeing all others."""
+    def _compress(self, *besides: Tensor) -> None:
+        """Make slots of the rows themselves and of the average's part across them, freeing all others.
+
+        Args:
+            besides: combinations to leave in the first free slots, ``(blocks, 1, slots)`` each.
+        """
         along, rest, _ = self._split_average()
         kept = torch.cat([self.mixing, rest], 1)
-        remix_(self.tiles.cut(self.slots), self.tiles.spread(kept.to(self.slots.dtype)).contiguous())
+        mixed = torch.cat([kept, *besides], 1).to(self.slots.dtype)
+        remix_(self.tiles.cut(self.slots), self.tiles.spread(mixed).contiguous())
         gram = kept @ self.gram @ kept.mT
         for small in (self.gram, self.mixing, self.average):
             small.zero_()
