@@ -178,7 +178,7 @@ class MFAC(CurvatureOptimizer):
         damping: λ, or a schedule over the steps. Eigenvalues of the Fisher matrix far above it are divided out; along
             directions no gradient has shown, the step is η/λ times the gradient.
         block_size: keep only diagonal blocks of so many consecutive coordinates.
-        window_dtype: type of the stored gradients; bfloat16 halves the memory and the time.
+        window_dtype: type of the stored gradients; bfloat16 halves the memory; on a CPU it saves no time.
         weight_decay: decoupled weight decay.
         maximize: ascend instead.
 
