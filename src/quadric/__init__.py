@@ -1,5 +1,7 @@
 """Second-order information for everyday PyTorch."""
 
+from importlib.metadata import version
+
 from quadric.curvature import Curvature
 from quadric.matrix import BlockMean, Diagonal, LowRank, PSDMatrix
 from quadric.methods.block_mean import BlockMeanAdaGrad, BlockMeanSum
@@ -22,3 +24,5 @@ __all__ = [
     "PSDMatrix",
     "sampled_loss",
 ]
+
+__version__ = version("quadric")
