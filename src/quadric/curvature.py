@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quadric.matrix import PSDMatrix
+from quadric.matrix import PSDMatrix, positive_damping
 from quadric.tiles import Tiles
 
 __all__ = ["Curvature", "Schedule"]
@@ -19,15 +19,8 @@ Schedule = float | Callable[[int], float]
 
 
 def damping_at(damping: Schedule, updates: int) -> float:
-    """λ after so many updates.
-
-    Raises:
-        ValueError: if it is not a positive finite number.
-    """
-    value = float(damping(updates) if callable(damping) else damping)
-    if not 0 < value < float("inf"):
-        raise ValueError(f"damping must be positive and finite, got {value}: 1e-5 to 1e-2 are usual")
-    return value
+    """λ after so many updates, positive and finite."""
+    return positive_damping(float(damping(updates) if callable(damping) else damping))
 
 
 class Curvature(nn.Module, ABC):

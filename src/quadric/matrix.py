@@ -146,8 +146,8 @@ class LowRank(PSDMatrix):
     Products and factors are taken in double precision whatever the type of the rows, because the difference above
     cancels: with float32 sums it has no correct digit left once :math:`\sigma/\lambda` exceeds :math:`10^7`.
 
-    Cost: O(rank² dim) once, then O(rank dim) a vector. If the rank exceeds the dimension (of a
-    block), the matrix itself is factorised instead.
+    Cost: O(rank² dim) once, then O(rank dim) a vector. If a block has no more columns than there are rows, its matrix
+    itself is factorised instead.
 
     Args:
         rows: R, ``(rank, dim)``, any scaling already inside; rank 0 leaves λI. They are copied.
@@ -188,10 +188,8 @@ class LowRank(PSDMatrix):
         return self
 
     def _build(self, rows: Tensor, tiles: Tiles, damping: float, weight: float) -> None:
-        if not 0 < damping < float("inf"):
-            raise ValueError(f"damping must be positive and finite, got {damping}: 1e-5 to 1e-2 are usual")
         self._stored, self._version, self._tiles = rows, _version(rows), tiles
-        self.damping, self.weight = float(damping), float(weight)
+        self.damping, self.weight = positive_damping(damping), float(weight)
         self.dim, self.device = tiles.dim, rows.device
         self.dtype = torch.promote_types(rows.dtype, torch.float32)
         # No more columns than rows: the block itself is the smaller matrix, and has nothing to cancel.
@@ -526,6 +524,17 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return ctx.matrix.apply(gradients[0], ctx.power), None, None
+
+
+def positive_damping(damping: float) -> float:
+    """λ as a number.
+
+    Raises:
+        ValueError: if it is not positive and finite.
+    """
+    if not 0 < damping < float("inf"):
+        raise ValueError(f"damping must be positive and finite, got {damping}: 1e-5 to 1e-2 are usual")
+    return float(damping)
 
 
 def _version(tensor: Tensor) -> int:

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-WIDTH = 8192  # columns: a row of a tile is half of a core's first-level cache
+WIDTH = 8192  # columns: a row of a tile is 32 KiB of float32, within a core's first-level cache
 SLACK = 1.05  # padding may not lengthen a row by more than this
 
 
@@ -35,7 +35,7 @@ class Tiles:
         self.per_block = [-(-size // self.width) for size in self.sizes]
         self.count = sum(self.per_block)
         self.pads = [tiles * self.width - size for tiles, size in zip(self.per_block, self.sizes, strict=True)]
-        self._per_block: dict[torch.device, Tensor] = {}
+        self._lengths_on: dict[torch.device, Tensor] = {}
         self.one_each = all(tiles == 1 for tiles in self.per_block)
 
     @classmethod
@@ -117,9 +117,9 @@ class Tiles:
         return values.repeat_interleave(self._lengths(values.device), 0, output_size=self.count)
 
     def _lengths(self, device: torch.device) -> Tensor:
-        if device not in self._per_block:  # made once: a copy to a GPU would wait for it at every step
-            self._per_block[device] = torch.tensor(self.per_block, device=device)
-        return self._per_block[device]
+        if device not in self._lengths_on:  # made once: a copy to a GPU would wait for it at every step
+            self._lengths_on[device] = torch.tensor(self.per_block, device=device)
+        return self._lengths_on[device]
 
 
 def wide(tensor: Tensor) -> torch.dtype:

@@ -151,7 +151,7 @@ def run_race(race: Race, track: Track, *, command: str) -> Path:
     console = track.display.console
     console.print(report.results_table(results, console.width))
     track.display.say(f"report: {page}")
-    if all(run["diverged"] or run["error"] is not None for given in runs.values() for run in given):
+    if all(_lost(run) for given in runs.values() for run in given):
         raise LabError(f"no run finished; {page} says why: try smaller rates or another --set", code=1)
     return page
 
@@ -292,8 +292,7 @@ def _trial(race: Race, track: Track, name: str, lr: float) -> dict[str, Any]:
     path = track.folder / "tuning" / f"{name}-lr{lr:g}.json"
     plan = race.plan(name, lr, race.tuning_seed, race.tune_epochs)
     run = _finished(race, track, track.task.for_tuning(), plan, path, f"tuning {name}, lr {lr:g}")
-    lost = run["diverged"] or run["error"] is not None
-    last = {} if lost else run["history"][-1]
+    last = {} if _lost(run) else run["history"][-1]
     return {
         "lr": lr,
         "loss": last.get("test_loss"),
@@ -301,6 +300,10 @@ def _trial(race: Race, track: Track, name: str, lr: float) -> dict[str, Any]:
         "diverged": run["diverged"],
         "error": run["error"],
     }
+
+
+def _lost(run: Mapping[str, Any]) -> bool:
+    return run["diverged"] or run["error"] is not None
 
 
 def _run(race: Race, track: Track, name: str, lr: float, seed: int) -> dict[str, Any]:

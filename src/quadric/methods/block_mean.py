@@ -248,8 +248,8 @@ class BlockMeanAdaGrad(CurvatureOptimizer):
             mean = step if decay is None else 1 - decay**step
             root = torch.rsqrt(moment, out=block.spare)
             torch.addcmul(gradient.new_zeros(()), gradient, root, value=mean**0.5, out=gradient)
-            if decay is None:
-                estimate.damping = estimate.damping_now() * step
         estimate.absorb(gradient)
+        if group["whiten"] and decay is None:  # the sum of the squares of w grows by one a step
+            estimate.damping = estimate.damping_now() * step
         estimate.refresh(group["refresh_every"])
         return estimate.scale_newest(gradient, out=block.spare)

@@ -166,7 +166,7 @@ class HeaviestDirections(Curvature):
         weights_of_slots = rest / damping + (along / (damping + weights)) @ self.mixing
         weights_of_slots /= self.weight.clamp_min(1e-300)
         if self.filled == self.capacity:  # a compression is due: one read of the slots serves both
-            self._compress(weights_of_slots)
+            self._compress(along, rest, weights_of_slots)
             return self.slots[self.filled]
         return self._combine(weights_of_slots[..., : self.filled], out).flatten()
 
@@ -188,7 +188,7 @@ class HeaviestDirections(Curvature):
         """Put a padded vector into a free slot, with its inner products; return the slot."""
         free = self.inbox(vector)
         if self.filled == self.capacity:  # only now: a vector written to an inbox may still have been refused
-            self._compress()
+            self._compress(*self._split_average()[:2])
             free = self.slots[self.filled]
         if vector.data_ptr() != free.data_ptr():
             free.copy_(vector)
@@ -206,13 +206,14 @@ class HeaviestDirections(Curvature):
         open_ = (self.lengths > self.rank) | (self.lengths > self.updates)
         return along, rest * open_, weights
 
-    def _compress(self, *besides: Tensor) -> None:
+    def _compress(self, along: Tensor, rest: Tensor, *besides: Tensor) -> None:
         """Make slots of the rows themselves and of the average's part across them, freeing all others.
 
         Args:
+            along: the average's coefficients of the rows, ``(blocks, 1, rank)``.
+            rest: its part across them, ``(blocks, 1, slots)``.
             besides: combinations to leave in the first free slots, ``(blocks, 1, slots)`` each.
         """
-        along, rest, _ = self._split_average()
         kept = torch.cat([self.mixing, rest], 1)
         mixed = torch.cat([kept, *besides], 1).to(self.slots.dtype)
         remix_(self.tiles.cut(self.slots), self.tiles.spread(mixed).contiguous())

@@ -226,8 +226,7 @@ class MFAC(CurvatureOptimizer):
     def check(self, group: dict[str, Any]) -> None:  # noqa: D102
         super().check(group)
         require(0 <= group["momentum"] < 1, "momentum", group["momentum"], "0 ≤ momentum < 1", "0.9 is usual")
-        types = {"block_size": group["block_size"], "dtype": group["window_dtype"]}
-        GradientWindow(1, group["window"], group["damping"], **types)
+        self.curvature([[torch.empty(1)]], group)  # which checks the rest
 
     def curvature(self, params: list[list[Tensor]], group: dict[str, Any]) -> GradientWindow:  # noqa: D102
         dim = sum(p.numel() for p in params[0])
