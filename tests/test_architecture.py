@@ -8,6 +8,10 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "quadric"
 CORE = {"tiles", "matrix", "curvature", "optimizer"}
+BACKPROP = {"backprop.registry", "backprop.saved", "backprop.squares"}
+RULES = {
+    f"backprop.rules.{path.stem}" for path in (PACKAGE / "backprop" / "rules").glob("*.py") if path.stem != "__init__"
+}
 METHODS = {f"methods.{path.stem}" for path in (PACKAGE / "methods").glob("*.py") if path.stem != "__init__"}
 
 MAY_IMPORT = {
@@ -16,8 +20,16 @@ MAY_IMPORT = {
     "curvature": {"tiles", "matrix"},
     "optimizer": {"tiles", "matrix", "curvature"},
     **dict.fromkeys(METHODS, CORE),  # and not one another
+    "methods.hesscale": CORE | {"backprop.walk"},
+    "backprop.__init__": set(),
+    **{room: BACKPROP - {room} for room in BACKPROP},
+    **{room: BACKPROP | RULES - {room} for room in RULES},
+    "backprop.rules.__init__": RULES,
+    "backprop.fallbacks": set(),
+    "backprop.refusals": {"backprop.registry", "backprop.fallbacks"},
+    "backprop.walk": BACKPROP | {"backprop.rules.__init__", "backprop.fallbacks", "backprop.refusals"},
     "methods.__init__": METHODS,
-    "__init__": CORE | METHODS | {"methods.__init__"},
+    "__init__": CORE | METHODS | {"methods.__init__", "backprop.registry", "backprop.walk"},
 }
 OUTSIDE = {"torch", *sys.stdlib_module_names}
 

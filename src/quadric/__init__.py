@@ -2,15 +2,20 @@
 
 from importlib.metadata import version
 
+from quadric.backprop.registry import UnsupportedOperation, register_rule
+from quadric.backprop.walk import hessian_diagonal
 from quadric.curvature import Curvature
 from quadric.matrix import BlockMean, Diagonal, LowRank, PSDMatrix
 from quadric.methods.block_mean import BlockMeanAdaGrad, BlockMeanSum
 from quadric.methods.ginger import Ginger, HeaviestDirections, sampled_loss
+from quadric.methods.hesscale import AdaHesScale, HessianDiagonal
 from quadric.methods.mfac import MFAC, GradientWindow
 from quadric.optimizer import CurvatureOptimizer
+from quadric.verify import verify
 
 __all__ = [
     "MFAC",
+    "AdaHesScale",
     "BlockMean",
     "BlockMeanAdaGrad",
     "BlockMeanSum",
@@ -20,9 +25,14 @@ __all__ = [
     "Ginger",
     "GradientWindow",
     "HeaviestDirections",
+    "HessianDiagonal",
     "LowRank",
     "PSDMatrix",
+    "UnsupportedOperation",
+    "hessian_diagonal",
+    "register_rule",
     "sampled_loss",
+    "verify",
 ]
 
 __version__ = version("quadric")

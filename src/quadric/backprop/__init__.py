@@ -1,0 +1,1 @@
+"""The Hessian diagonal h beside the gradient g, through any autograd graph."""

@@ -1,0 +1,93 @@
+"""The losses of torch.nn, with their exact diagonals."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quadric.backprop.registry import linear, rule
+from quadric.backprop.rules.elementwise import curved
+from quadric.backprop.rules.movement import overloads
+from quadric.backprop.saved import widened
+
+MEAN = 1  # torch's number for reduction="mean"
+
+
+def share(node: Any, count: int) -> float:
+    """What one element's loss weighs in the result."""
+    return 1 / count if node._saved_reduction == MEAN else 1.0
+
+
+@linear(*overloads("NllLoss", "NllLoss2D"))
+def negative_log_likelihood(node: Any, h: Any) -> Tensor:
+    """Linear, with one weight for each row: backward gives it, and it times h."""
+    h = h[0] if type(h) is tuple else h
+    return node(torch.ones_like(h)) * node(h)
+
+
+@rule("MseLossBackward0")
+def mean_squared_error(node: Any, g: Any, h: Any) -> tuple[Tensor, Tensor]:
+    """(x − y)²: slope 2 (x − y), bend 2."""
+    gap = widened(node._saved_self) - widened(node._saved_target)
+    c = share(node, gap.numel())
+    below = curved(h, 2 * c * gap, g, torch.full_like(gap, 2 * c))
+    return below, below
+
+
+@rule("HuberLossBackward0")
+def huber(node: Any, g: Any, h: Any) -> tuple[Tensor, Tensor]:
+    """Bend 1 within δ of the target."""
+    gap, delta = widened(node._saved_self) - widened(node._saved_target), node._saved_delta
+    c = share(node, gap.numel())
+    below = curved(h, gap.clamp(-delta, delta) * c, g, (gap.abs() <= delta).to(gap) * c)
+    return below, below
+
+
+@rule("SmoothL1LossBackward0")
+def smooth_l1(node: Any, g: Any, h: Any) -> tuple[Tensor, Tensor]:
+    """Bend 1/β within β of the target."""
+    gap, beta = widened(node._saved_self) - widened(node._saved_target), node._saved_beta
+    c = share(node, gap.numel())
+    if beta == 0:
+        below = curved(h, gap.sign() * c, g, torch.zeros_like(gap))
+    else:
+        below = curved(h, (gap / beta).clamp(-1, 1) * c, g, (gap.abs() < beta).to(gap) * (c / beta))
+    return below, below
+
+
+@rule("BinaryCrossEntropyBackward0")
+def binary_cross_entropy(node: Any, g: Any, h: Any) -> tuple[Tensor, Tensor | None]:
+    """−y ln x − (1 − y) ln(1 − x); linear in the target."""
+    x, y = widened(node._saved_self), widened(node._saved_target)
+    weight = 1.0 if node._saved_weight is None else node._saved_weight
+    c = share(node, x.numel()) * weight
+    slope = c * (x - y) / (x * (1 - x)).clamp_min(1e-12)
+    bend = c * (y / x.square() + (1 - y) / (1 - x).square())
+    of_target = None if h is None else h * (c * (torch.log1p(-x).clamp_min(-100) - x.log().clamp_min(-100))).square()
+    return curved(h, slope, g, bend), of_target
+
+
+@rule("BinaryCrossEntropyWithLogitsBackward0")
+def binary_cross_entropy_with_logits(node: Any, g: Any, h: Any) -> tuple[Tensor, Tensor | None]:
+    """Bend s (1 − s), times 1 + (w − 1) y for a weight w of the positive class."""
+    x, y = widened(node._saved_self), widened(node._saved_target)
+    s = torch.sigmoid(x)
+    positive = 1.0 if node._saved_pos_weight is None else node._saved_pos_weight
+    weight = 1.0 if node._saved_weight is None else node._saved_weight
+    c = share(node, x.numel()) * weight
+    mass = 1 + (positive - 1) * y
+    below = curved(h, c * (mass * s - positive * y), g, c * mass * s * (1 - s))
+    if h is None:
+        return below, None
+    log_sigmoid = torch.nn.functional.logsigmoid
+    return below, h * (c * (log_sigmoid(-x) - positive * log_sigmoid(x))).square()
+
+
+@rule("SoftMarginLossBackward0")
+def soft_margin(node: Any, g: Any, h: Any) -> Tensor:
+    """ln(1 + exp(−y x))."""
+    x, y = widened(node._saved_self), node._saved_target
+    s, c = torch.sigmoid(-y * x), share(node, x.numel())
+    return curved(h, -c * y * s, g, c * y * y * s * (1 - s))

@@ -1,0 +1,189 @@
+"""Products of two tensors: the backward of each operand with the other operand squared."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from quadric.backprop.registry import linear
+from quadric.backprop.saved import wanted
+from quadric.backprop.squares import square
+
+
+def summed_square(alpha: float, h: Tensor) -> Tensor:
+    """α² h."""
+    return h if alpha == 1 else h * alpha**2
+
+
+def of_right(left_squared: Tensor, h: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """The h of B in Y = A B, in the layout of B: a weight is given transposed, and is best answered so."""
+    if strides[0] < strides[1]:
+        return (h.mT @ left_squared).mT
+    return left_squared.mT @ h
+
+
+@linear("MmBackward0")
+def mm(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Y = A B."""
+    left, right = wanted(node)
+    return (
+        h @ square(node._saved_mat2, h).mT if left else None,
+        of_right(square(node._saved_self, h), h, node._saved_mat2_sym_strides) if right else None,
+    )
+
+
+@linear("AddmmBackward0")
+def addmm(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+    """Y = β C + α A B."""
+    _, left, right = wanted(node)
+    inner = summed_square(node._saved_alpha, h)
+    return (
+        summed_square(node._saved_beta, h),
+        inner @ square(node._saved_mat2, h).mT if left else None,
+        of_right(square(node._saved_mat1, h), inner, node._saved_mat2_sym_strides) if right else None,
+    )
+
+
+@linear("BmmBackward0")
+def bmm(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A product for each element of a batch."""
+    left, right = wanted(node)
+    return (
+        h @ square(node._saved_mat2, h).mT if left else None,
+        square(node._saved_self, h).mT @ h if right else None,
+    )
+
+
+@linear("BaddbmmBackward0", "AddbmmBackward0")
+def baddbmm(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+    """Y = β C + α A B for each element of a batch, or summed over the batch."""
+    _, left, right = wanted(node)
+    inner = summed_square(node._saved_alpha, h)
+    return (
+        summed_square(node._saved_beta, h),
+        inner @ square(node._saved_batch2, h).mT if left else None,
+        square(node._saved_batch1, h).mT @ inner if right else None,
+    )
+
+
+@linear("MvBackward0")
+def mv(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Y = A x."""
+    left, right = wanted(node)
+    return (
+        torch.outer(h, square(node._saved_vec, h)) if left else None,
+        square(node._saved_self, h).mT @ h if right else None,
+    )
+
+
+@linear("AddmvBackward0")
+def addmv(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+    """Y = β c + α A x."""
+    _, left, right = wanted(node)
+    inner = summed_square(node._saved_alpha, h)
+    return (
+        summed_square(node._saved_beta, h),
+        torch.outer(inner, square(node._saved_vec, h)) if left else None,
+        square(node._saved_mat, h).mT @ inner if right else None,
+    )
+
+
+@linear("AddrBackward0")
+def addr(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+    """Y = β C + α a bᵀ."""
+    _, left, right = wanted(node)
+    inner = summed_square(node._saved_alpha, h)
+    return (
+        summed_square(node._saved_beta, h),
+        inner @ square(node._saved_vec2, h) if left else None,
+        square(node._saved_vec1, h) @ inner if right else None,
+    )
+
+
+@linear("DotBackward0")
+def dot(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Y = aᵀ b."""
+    left, right = wanted(node)
+    return (
+        h * square(node._saved_tensor, h) if left else None,
+        h * square(node._saved_self, h) if right else None,
+    )
+
+
+@linear("VdotBackward0")
+def vdot(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Y = aᵀ b of real vectors."""
+    left, right = wanted(node)
+    return (
+        h * square(node._saved_other, h) if left else None,
+        h * square(node._saved_self, h) if right else None,
+    )
+
+
+@linear("MulBackward0")
+def mul(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Y = a b, elementwise."""
+    left, right = wanted(node)
+    return (
+        h * square(node._saved_other, h) if left else None,
+        h * square(node._saved_self, h) if right else None,
+    )
+
+
+@linear("AddcmulBackward0")
+def addcmul(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+    """Y = c + v a b, elementwise."""
+    _, left, right = wanted(node)
+    inner = summed_square(node._saved_value, h)
+    return (
+        h,
+        inner * square(node._saved_tensor2, h) if left else None,
+        inner * square(node._saved_tensor1, h) if right else None,
+    )
+
+
+@linear("LerpBackward1")
+def lerp(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+    """Y = (1 − w) x + w z."""
+    x, z, w = wanted(node)
+    weight = node._saved_weight
+    return (
+        h * square(1 - weight, h) if x else None,
+        h * square(weight, h) if z else None,
+        h * square(node._saved_end - node._saved_self, h) if w else None,
+    )
+
+
+@linear("ConvolutionBackward0", "ConvolutionOverrideableBackward0")
+def convolution(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+    """A convolution or transposed convolution, with any groups, stride and dilation."""
+    below, weight, bias = wanted(node)
+    return torch.ops.aten.convolution_backward(
+        h,
+        square(node._saved_input, h) if weight else node._saved_input.to(h.dtype),
+        square(node._saved_weight, h) if below else node._saved_weight.to(h.dtype),
+        [node._saved_bias_sym_sizes_opt[0]] if bias else None,
+        node._saved_stride,
+        node._saved_padding,
+        node._saved_dilation,
+        node._saved_transposed,
+        node._saved_output_padding,
+        node._saved_groups,
+        [below, weight, bias],
+    )
+
+
+@linear("TrilinearBackward0")
+def trilinear(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
+    """The three-way product behind ``nn.Bilinear``."""
+    # Multilinear: with squares in place of the operands its own backward is the rule.
+    operands = [square(getattr(node, f"_saved_i{place}"), h).detach().requires_grad_() for place in (1, 2, 3)]
+    expands = [getattr(node, f"_saved_expand{place}") for place in (1, 2, 3)]
+    chosen = [place for place, want in enumerate(wanted(node)) if want]
+    with torch.enable_grad():
+        y = torch.ops.aten._trilinear(*operands, *expands, node._saved_sumdim)
+        found = torch.autograd.grad(y, [operands[place] for place in chosen], h)
+    by_place = dict(zip(chosen, found, strict=True))
+    return tuple(by_place.get(place) for place in range(3))

@@ -1,0 +1,1 @@
+"""Recurrent cells that a kernel fuses."""
