@@ -1,4 +1,4 @@
-"""The command line: ``quadric race`` and ``quadric train``.
+"""The command line: ``quadric race``, ``quadric train`` and ``quadric curvature``.
 
 Values are checked here, before anything is loaded or written; every failure is one line on stderr.
 """
@@ -24,6 +24,7 @@ from quadric.lab import LabError
 
 if TYPE_CHECKING:  # its imports take seconds: --help and a mistyped option should not wait for them
     from quadric.lab.race import Race
+    from quadric.lab.tasks import Task
 
 MAX_SEED = 2**32 - 1
 DEFAULT_RATES = 11  # learning rates of `--tune` without a number
@@ -46,6 +47,21 @@ class DeviceName(str, Enum):
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
+
+
+class Fallback(str, Enum):
+    """What HesScale does where an operation has no rule."""
+
+    gauss_newton = "gauss_newton"
+    zero = "zero"
+
+
+class CarriedType(str, Enum):
+    """In which type HesScale carries the diagonal."""
+
+    float32 = "float32"
+    bfloat16 = "bfloat16"
+    float64 = "float64"
 
 
 @dataclass(frozen=True)
@@ -206,6 +222,98 @@ def train(
     )
 
 
+@app.command()
+def curvature(
+    ctx: typer.Context,
+    task: Annotated[
+        str | None,
+        Option(
+            help="digits, mnist, fashion-mnist, cifar10, shakespeare, regression[:NAME], or the path of a text file. "
+            "[default: digits]"
+        ),
+    ] = None,
+    text: Annotated[Path | None, Option(help="Take this text file, character by character.")] = None,
+    data_dir: Annotated[
+        Path | None, Option(help="Folder with data files; without it image sets are fetched from openml.org.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        Option(
+            help="logistic, mlp, 3c3d, resnet20 or gpt [default: the task's]; or module:function, a function of your "
+            "own that returns (model, loss_fn, batch), where loss_fn(model, batch) is the scalar loss.",
+        ),
+    ] = None,
+    epochs: Annotated[int, Option(min=0, help="Train the model of a task so long first, with AdamW.")] = 0,
+    weights: Annotated[
+        Path | None, Option(help="Take the parameters from this file or folder, which quadric train wrote.")
+    ] = None,
+    batch_size: Annotated[
+        int | None, Option(min=1, help="Examples of the task in the batch. [default: the task's]")
+    ] = None,
+    probes: Annotated[int, Option(min=1, help="Random vectors of Hutchinson's estimate.")] = 10,
+    entries: Annotated[int, Option(min=1, help="Entries of each tensor to compute exactly.")] = 64,
+    seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Of parameters, batch, entries and probes.")] = 0,
+    fallback: Annotated[Fallback | None, Option(help="For operations without a rule of HesScale's.")] = None,
+    dtype: Annotated[CarriedType | None, Option(help="Type in which HesScale carries the diagonal.")] = None,
+    device: Annotated[DeviceName, Option(help="Where to compute.")] = DeviceName.auto,
+    threads: Annotated[
+        int | None,
+        Option(min=1, help="CPU threads. [default: 1 for digits and regression, else torch's choice]"),
+    ] = None,
+    out: Annotated[Path | None, Option(help="Folder for everything written. [default: a new one under runs/]")] = None,
+):
+    """Compare every estimate of the Hessian's diagonal with the exact one: a table, pictures, a report.
+
+    \b
+    Examples:
+      quadric curvature
+      quadric curvature --epochs 5 --entries 200
+      quadric curvature --weights runs/train-digits-mlp
+      quadric curvature --task cifar10 --model resnet20 --data-dir data --batch-size 32 --entries 16
+      quadric curvature --model mynet:build --probes 100 --out runs/mynet
+    """  # noqa: D301
+    import torch
+
+    from quadric.lab.curvature import UNITS, Options, compare, subject_of_task, subject_of_user, training_steps, write
+    from quadric.lab.display import Display
+    from quadric.lab.train import choose_device, make_reproducible
+
+    theirs = model is not None and ":" in model
+    if theirs:
+        given = {
+            "--task": task, "--text": text, "--data-dir": data_dir, "--weights": weights, "--batch-size": batch_size,
+            "--epochs": epochs or None,
+        }  # fmt: skip
+        for option in (option for option, value in given.items() if value is not None):
+            raise LabError(f"{option} belongs to a built-in task, and --model {model} brings its own; leave it out")
+    if weights is not None and epochs:
+        raise LabError("--weights and --epochs both say which parameters to take; leave one out")
+    check_threads(threads)
+    where = choose_device(device.value)
+    console = wide_console()
+    data = None if theirs else chosen_task(task or "digits", text, data_dir, console)
+    if chosen := threads or (data and data.threads):
+        torch.set_num_threads(chosen)
+    make_reproducible(where)
+    name = str(model) if data is None else f"{data.name}-{model or data.model}"
+    folder = out or _folder_under_runs(f"curvature-{name}".replace(":", "-"), False)
+    refuse_taken(folder)
+    steps = 0 if data is None else training_steps(data, epochs)
+    display = Display(console, steps + UNITS)
+    words: list[str] = ctx.obj
+    with display.live():
+        if data is None:
+            subject = subject_of_user(str(model), seed, where)
+        else:
+            subject = subject_of_task(
+                data, model or data.model, batch_size=batch_size or data.batch_size, epochs=epochs, weights=weights,
+                seed=seed, device=where, display=display,
+            )  # fmt: skip
+        how = Options(probes, entries, seed, fallback.value if fallback else None, dtype.value if dtype else None)
+        results = compare(subject, how, display, command=shlex.join(["quadric", *words]))
+    write(results, folder, display)
+
+
 def start(
     act: Callable[..., Any],
     ctx: typer.Context,
@@ -227,22 +335,15 @@ def start(
 
     from quadric.lab.display import Display
     from quadric.lab.race import Race, Track, check_race, count_steps
-    from quadric.lab.tasks import load_task, text_task_from
     from quadric.lab.train import choose_device
 
     for option, value in (("--target", common.target), ("--checkpoint-seconds", common.checkpoint_seconds)):
         if value is not None and not math.isfinite(value):
             raise LabError(f"{option} must be a finite number, not {value}")
-    cores = os.cpu_count() or 1
-    if common.threads is not None and common.threads > cores:
-        raise LabError(f"--threads {common.threads} is more than this machine's {cores} cores; give at most {cores}")
+    check_threads(common.threads)
     device = choose_device(common.device.value)
-    # A file or a pipe has no width of its own: wide enough for the table.
-    console = Console(width=None if sys.stdout and sys.stdout.isatty() else 100)
-    if common.text is None:
-        task = load_task(common.task, common.data_dir, say=console.print)
-    else:
-        task = text_task_from(common.text)
+    console = wide_console()
+    task = chosen_task(common.task, common.text, common.data_dir, console)
     if common.examples is not None:
         task = task.first(common.examples)
     if common.augment and task.kind != "image":
@@ -282,6 +383,29 @@ def start(
         raise _unfinished("who read the output has left", words, folder, common.out, code=1) from None
 
 
+def check_threads(threads: int | None) -> None:
+    """Refuse more threads than there are cores.
+
+    Raises:
+        LabError: When there are not so many.
+    """
+    cores = os.cpu_count() or 1
+    if threads is not None and threads > cores:
+        raise LabError(f"--threads {threads} is more than this machine's {cores} cores; give at most {cores}")
+
+
+def wide_console() -> Console:
+    """Standard output: a file or a pipe has no width of its own, and gets one wide enough for the tables."""
+    return Console(width=None if sys.stdout and sys.stdout.isatty() else 100)
+
+
+def chosen_task(name: str, text: Path | None, data_dir: Path | None, console: Console) -> "Task":
+    """The task of ``--task``, or of ``--text`` where that is given."""
+    from quadric.lab.tasks import load_task, text_task_from
+
+    return load_task(name, data_dir, say=console.print) if text is None else text_task_from(text)
+
+
 def open_folder(out: Path | None, kind: str, plan: "Race", resume: bool, words: Sequence[str]) -> Path:
     """The folder of a race or run: a new one with its configuration, or the one to continue.
 
@@ -303,8 +427,7 @@ def open_folder(out: Path | None, kind: str, plan: "Race", resume: bool, words: 
     if not file.exists():
         if resume:
             raise LabError(f"there is nothing to resume in {folder}; start it without --resume")
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise LabError(f"{folder} exists and is not a run's folder; choose another --out")
+        refuse_taken(folder)
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -322,6 +445,16 @@ def open_folder(out: Path | None, kind: str, plan: "Race", resume: bool, words: 
     if not resume:
         raise LabError(f"{folder} holds this {kind} already; add --resume to continue it or choose another --out")
     return folder
+
+
+def refuse_taken(folder: Path) -> None:
+    """Refuse a folder for new files that is not there to be filled.
+
+    Raises:
+        LabError: When there is something in it, or it is none.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise LabError(f"{folder} exists and is not a run's folder; choose another --out")
 
 
 def _folder_under_runs(name: str, resume: bool) -> Path:
@@ -373,7 +506,7 @@ def run(arguments: Sequence[str]) -> int:
         return _complain(str(error), error.code)
     except UsageError as error:
         told = getattr(error, "format_message", error.__str__)().rstrip(".")
-        command = f"{arguments[0]} " if arguments[0] in ("race", "train") else ""
+        command = f"{arguments[0]} " if arguments[0] in ("race", "train", "curvature") else ""
         return _complain(f"{told}; see quadric {command}--help", 2)
     except MemoryError:
         return _complain("the memory is used up; try a smaller --batch-size, model or window", 1)

@@ -10,7 +10,7 @@ import io
 import math
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +20,8 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.layout_engine import ConstrainedLayoutEngine
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
+from matplotlib.lines import Line2D
+from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator
 from sklearn.isotonic import isotonic_regression
 
 # name → (colour on light, colour on dark). Every light colour occurs once: `inline` finds them again by value.
@@ -45,6 +46,7 @@ INK, MUTED, GRID = (THEME[name][0] for name in ("ink", "muted", "grid"))
 _DASHES = ((4, 1.6), (1.4, 1.4), (6, 1.6, 1.4, 1.6), (8, 2))
 _WIDTH, _HEIGHT = 5.2, 3.3  # inches; at this width the 9 point letters are still legible on a phone
 _SMALL, _NORMAL = 9.0, 10.0
+_LINEAR = 0.6  # decades that the linear part of a symmetric logarithmic axis is as long as
 
 
 @dataclass(frozen=True)
@@ -275,6 +277,112 @@ def tuning(trials: Sequence[Trials]) -> Figure:
     return figure
 
 
+@dataclass(frozen=True)
+class Guess:
+    """What an estimate says of some entries of a diagonal.
+
+    Args:
+        label: Its name.
+        style: Its look.
+        marker: Its mark, in matplotlib's letters.
+        filled: Whether the mark is.
+        note: What stands below its name.
+        exact: The exact values.
+        values: The estimate of each.
+        errors: Its relative error on each tensor; None where there is none.
+    """
+
+    label: str
+    style: Style
+    marker: str
+    filled: bool
+    note: str
+    exact: list[float]
+    values: list[float]
+    errors: list[float | None]
+
+
+def agreement(guesses: Sequence[Guess], colours: Mapping[str, Style], *, columns: int = 4) -> Figure:
+    """Estimate against exact value, a panel for each estimate, all on the same symmetric logarithmic axes.
+
+    Both axes are linear about zero, where a fifth of the exact values that are not zero lie.
+
+    Args:
+        guesses: What to draw.
+        colours: What a colour means; told where a panel is free.
+        columns: Panels side by side.
+    """
+    sizes = sorted(abs(v) for v in guesses[0].exact if v)
+    largest = max((abs(v) for g in guesses for v in (*g.exact, *g.values)), default=0.0) or 1.0
+    linear = max(sizes[len(sizes) // 5] if sizes else largest, largest * 1e-5)
+    linear = 10.0 ** math.floor(math.log10(linear))
+    reach = 2 * max(largest, linear)
+    # Values below zero get their half of an axis only where there are any.
+    left, bottom = (
+        -reach if min(values, default=0.0) < -linear else -linear / 2
+        for values in (guesses[0].exact, [v for g in guesses for v in (*g.exact, *g.values)])
+    )
+    rows = -(-len(guesses) // columns)
+    figure = Figure((9.0, 0.3 + 2.55 * rows), layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.05))
+    panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
+    for axes in panels[len(guesses) :]:
+        axes.set_axis_off()
+    if len(panels) > len(guesses):
+        marks = [Line2D([], [], marker="o", ls="", ms=7, color=style.colour) for style in colours.values()]
+        marks.append(Line2D([], [], color=MUTED, lw=0.9))
+        legend = panels[-1].legend(
+            marks, [*colours, "exact"], title="estimate of", loc="center left", frameon=False, labelcolor=INK,
+            fontsize=_NORMAL, title_fontsize=_NORMAL, alignment="left",
+        )  # fmt: skip
+        legend.get_title().set_color(INK)
+    for i, axes in enumerate(panels[: len(guesses)]):
+        guess, below = guesses[i], i + columns >= len(guesses)
+        for axis, scale, floor in ((axes.xaxis, axes.set_xscale, left), (axes.yaxis, axes.set_yscale, bottom)):
+            scale("symlog", linthresh=linear, linscale=_LINEAR)
+            axis.set_major_locator(FixedLocator(_symmetric_ticks(floor, reach, linear)))
+            axis.set_minor_locator(NullLocator())
+            axis.set_major_formatter(FuncFormatter(lambda value, _: _signed_power(value)))
+        axes.plot([-reach, reach], [-reach, reach], color=MUTED, lw=0.9, zorder=1)
+        colour = guess.style.colour
+        look: dict[str, Any] = {"mfc": colour if guess.filled else "none", "mew": 0 if guess.filled else 0.7}
+        axes.plot(guess.exact, guess.values, guess.marker, ms=3, mec=colour, alpha=0.55, zorder=2, **look)
+        _dress(axes, "exact" if below else "", "")
+        axes.set_title(f"{_short(guess.label)}\n", loc="left", fontsize=_NORMAL, color=INK, pad=5, parse_math=False)
+        axes.text(
+            0, 1.03, guess.note, transform=axes.transAxes, fontsize=_SMALL - 1, color=MUTED, parse_math=False
+        )  # fmt: skip
+        axes.grid(axis="both", color=GRID, lw=0.8)
+        axes.set_xlim(left, reach)
+        axes.set_ylim(bottom, reach)
+        axes.tick_params(labelbottom=below, labelleft=i % columns == 0)
+    return figure
+
+
+def errors(names: Sequence[str], guesses: Sequence[Guess]) -> Figure:
+    """Relative error of each estimate on each tensor, a row a tensor; errors off the axis are drawn at its ends."""
+    low, high = 1e-3, 1e2
+    figure = Figure((_WIDTH, 1.4 + 0.24 * len(names)), layout="constrained")
+    axes = figure.subplots()
+    axes.set_xscale("log")
+    axes.axvline(1, color=MUTED, lw=0.9, ls=(0, (2, 2)), zorder=1)
+    for guess in guesses:
+        shown = [(min(max(e, low), high), float(row)) for row, e in enumerate(guess.errors) if e is not None]
+        colour = guess.style.colour
+        axes.plot(
+            *_columns(shown), guess.marker, color=colour, mfc=colour if guess.filled else "none", mec=colour, ms=5.5,
+            mew=1.2, alpha=0.85, clip_on=False, label=guess.label, zorder=3 if guess.filled else 2,
+        )  # fmt: skip
+    _dress(axes, "", "")
+    _log_ticks(axes.xaxis, low, high)
+    axes.grid(axis="both", color=GRID, lw=0.8)
+    axes.set_xlim(low, high)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_yticks(range(len(names)), [_end(name) for name in names], color=INK, parse_math=False)
+    axes.set_xlabel("relative L1 error (dotted: predicting zero)", color=MUTED, fontsize=_SMALL)
+    figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=_SMALL, labelcolor=INK)
+    return figure
+
+
 def svg(figure: Figure) -> str:
     """The picture as an SVG document, the same bytes for the same picture."""
     buffer = io.StringIO()
@@ -352,6 +460,25 @@ def _log_ticks(axis, low: float, high: float, most: int = 8) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: _power(value) if decades > 3 else f"{value:g}"))
 
 
+def _symmetric_ticks(floor: float, reach: float, linear: float) -> list[float]:
+    # Zero and powers of ten outside the linear part, as many as stand a fifth of the axis apart.
+    first, last = round(math.log10(linear)), math.floor(math.log10(reach))
+    middle = _LINEAR / 0.9  # the linear part on one side, in decades: matplotlib's linscale over 1 − 1/base
+    sides = 2.0 if floor < -linear else 1.0
+    gap = sides * (math.log10(reach / linear) + middle) / 5
+    powers = []
+    for k in range(last, first - 1, -1):
+        place = k - first + middle
+        if place >= gap and (not powers or powers[-1] - k >= gap):
+            powers.append(k)
+    ticks = [10.0**k for k in powers]
+    return sorted([0.0, *ticks, *(-tick for tick in ticks if -tick > floor)])
+
+
+def _signed_power(value: float) -> str:
+    return "0" if value == 0 else ("−" if value < 0 else "") + _power(abs(value))
+
+
 def _power(value: float) -> str:
     # Of ten, in letters that every font has: "1e-05" and "0.0001" side by side would run into each other.
     return "10" + str(round(math.log10(value))).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
@@ -389,6 +516,11 @@ def _label_ends(axes: Axes, series: Sequence[Series]) -> None:
 
 def _short(label: str) -> str:
     return label if len(label) <= 22 else label[:21] + "…"
+
+
+def _end(name: str) -> str:
+    # Names of tensors differ where they end.
+    return name if len(name) <= 28 else "…" + name[-27:]
 
 
 def _columns(pairs: list[tuple[float, float]]) -> tuple[list[float], list[float]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import html
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import methodcaller
 from pathlib import Path
 from statistics import fmean
@@ -81,16 +81,33 @@ def write_report(results: dict[str, Any], folder: Path) -> Path:
         folder: Where to write; made if it is not there.
     """
     ranked = standings(results)
+    return write_page(folder, lambda: _pictures(results, ranked), lambda pictures: _page(results, ranked, pictures))
+
+
+def write_page(
+    folder: Path,
+    draw: Callable[[], dict[str, Figure]],
+    word: Callable[[dict[str, str]], str],
+    again: str = "repeat with --resume",
+) -> Path:
+    """Write `report.html` and each of its pictures as PNG and SVG; return the page's path.
+
+    Args:
+        folder: Where to write; made if it is not there.
+        draw: Gives the pictures by their names.
+        word: Makes the page of their markup.
+        again: What to do once a disk that refuses no longer does.
+    """
     files: dict[str, bytes] = {}
     pictures: dict[str, str] = {}
     with plots.settings():
-        for name, figure in _pictures(results, ranked).items():
-            document = plots.svg(figure)
-            files |= {f"{name}.svg": document.encode(), f"{name}.png": plots.png(figure)}
-            pictures[name] = plots.inline(document, name)
-    files["report.html"] = _page(results, ranked, pictures).encode()
+        for name, figure in draw().items():
+            drawing = plots.svg(figure)
+            files |= {f"{name}.svg": drawing.encode(), f"{name}.png": plots.png(figure)}
+            pictures[name] = plots.inline(drawing, name)
+    files["report.html"] = word(pictures).encode()
     for name, content in files.items():
-        write_atomically(folder / name, methodcaller("write", content))
+        write_atomically(folder / name, methodcaller("write", content), again)
     return folder / "report.html"
 
 
@@ -170,7 +187,7 @@ def _page(results: dict[str, Any], ranked: Sequence[Standing], pictures: dict[st
     headline, sentence = verdict(results, ranked)
     started = str(results["environment"].get("started", "")).partition(" ")[0]
     eyebrow = " · ".join(filter(None, ["quadric race", f"{results['model']} on {results['task']}", started]))
-    lost = "".join(f"<li>{_text(line)}</li>" for line in lost_runs(ranked))
+    lost = "".join(f"<li>{text(line)}</li>" for line in lost_runs(ranked))
     aside = f"<aside><strong>Not every run finished.</strong><ul>{lost}</ul></aside>" if lost else ""
     sides = "Solid: quadric’s own; dashed: rivals. " if len({s.ours for s in ranked}) == 2 else ""
     band = "Line: mean; band: lowest to highest seed. " if len(results["seeds"]) > 1 else ""
@@ -182,33 +199,16 @@ def _page(results: dict[str, Any], ranked: Sequence[Standing], pictures: dict[st
         "loss_seconds": "Training loss against training time.",
         "loss_steps": "Training loss against steps.",
     }
-    curves = "".join(_picture(pictures, name, words) for name, words in captions.items())
+    curves = "".join(picture(pictures, name, words) for name, words in captions.items())
     runs = sum(len(s.runs) for s in ranked)
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{_text(headline)} · quadric race</title>
-<link rel="icon" href="data:,">
-<style>{_css()}</style>
-</head>
-<body>
-<main>
-<header>
-<p class="eyebrow">{_text(eyebrow)}</p>
-<h1>{_text(headline)}</h1>
-<p class="lede">{re.sub(r"(?<=[0-9]) (?=%|s )", "&nbsp;", _text(sentence))}</p>
-<p class="note">{_text(results["description"])}</p>
-</header>
-{aside}
+    body = f"""{aside}
 <section>
 <h2>Result</h2>
 {_summary(results, ranked, pictures)}
 </section>
 <section>
 <h2>The race</h2>
-<p class="note">{_text(legend)}</p>
+<p class="note">{text(legend)}</p>
 <div class="plots">{curves or "<p>No run recorded a finite value.</p>"}</div>
 </section>
 {_tuning(results, ranked, pictures)}
@@ -221,7 +221,39 @@ def _page(results: dict[str, Any], ranked: Sequence[Standing], pictures: dict[st
 <details><summary>{runs} {"run" if runs == 1 else "runs"}, and what each optimizer was given</summary>
 {_raw(results, ranked)}
 </details>
-</section>
+</section>"""
+    return document("quadric race", eyebrow, headline, sentence, results["description"], body)
+
+
+def document(command: str, eyebrow: str, headline: str, sentence: str, note: str, body: str) -> str:
+    """A whole page, complete in itself.
+
+    Args:
+        command: Which command wrote it, for the title of its window.
+        eyebrow: The small line above the headline.
+        headline: What was found.
+        sentence: The same with its figures.
+        note: What it was found on.
+        body: Markup of everything below; the other arguments are plain text.
+    """
+    return f"""<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<title>{text(headline)} · {text(command)}</title>
+<link rel="icon" href="data:,">
+<style>{_css()}</style>
+</head>
+<body>
+<main>
+<header>
+<p class="eyebrow">{text(eyebrow)}</p>
+<h1>{text(headline)}</h1>
+<p class="lede">{re.sub(r"(?<=[0-9]) (?=%|s )", "&nbsp;", text(sentence))}</p>
+<p class="note">{text(note)}</p>
+</header>
+{body}
 </main>
 </body>
 </html>
@@ -230,12 +262,12 @@ def _page(results: dict[str, Any], ranked: Sequence[Standing], pictures: dict[st
 
 def _summary(results: dict[str, Any], ranked: Sequence[Standing], pictures: dict[str, str]) -> str:
     summary = columns(results, ranked)
-    head = "".join(f"<th scope=col>{_text(c.title)}<small>{_text(c.unit)}</small></th>" for c in summary)
+    head = "".join(f"<th scope=col>{text(c.title)}<small>{text(c.unit)}</small></th>" for c in summary)
     body = ""
     for row, s in enumerate(ranked):
         mark = "<span class=tag>quadric</span>" if s.ours else ""
-        cells = "".join(f"<td{' class=best' if row in c.best else ''}>{_text(c.cells[row])}</td>" for c in summary[1:])
-        name = f"<th scope=row>{_swatch(s.style)}{_text(s.name)}{mark}</th>"
+        cells = "".join(f"<td{' class=best' if row in c.best else ''}>{text(c.cells[row])}</td>" for c in summary[1:])
+        name = f"<th scope=row>{swatch(s.style)}{text(s.name)}{mark}</th>"
         body += f"<tr{' class=ours' if s.ours else ''}>{name}{cells}</tr>"
     note = ["Bold on a tint: best of its column." if len(ranked) > 1 else ""]
     note += ["±: standard deviation over seeds." if len(results["seeds"]) > 1 else ""]
@@ -246,8 +278,8 @@ def _summary(results: dict[str, Any], ranked: Sequence[Standing], pictures: dict
         note += ["(2/3): a mean over the two of three seeds that finished, or got there."]
     return (
         f"<div class=scroll><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
-        f'<div class="plots">{_picture(pictures, "seeds", "A dot for each seed, a bar at their mean.")}'
-        f"<p class=note>{_text(' '.join(note))}</p></div>"
+        f'<div class="plots">{picture(pictures, "seeds", "A dot for each seed, a bar at their mean.")}'
+        f"<p class=note>{text(' '.join(note))}</p></div>"
     )
 
 
@@ -267,10 +299,10 @@ def _tuning(results: dict[str, Any], ranked: Sequence[Standing], pictures: dict[
         lost = sum(finite(t["loss"]) is None for t in tried)
         cells = [number(finite(s.hyperparameters.get("lr"))), number(finite(chosen["loss"]))]
         cells += [number(finite(chosen["metric"]), 4), f"{lost} of {len(tried)}"]
-        rows += f"<tr><th scope=row>{_swatch(s.style)}{_text(s.name)}</th>"
-        rows += "".join(f"<td>{_text(cell)}</td>" for cell in cells) + "</tr>"
+        rows += f"<tr><th scope=row>{swatch(s.style)}{text(s.name)}</th>"
+        rows += "".join(f"<td>{text(cell)}</td>" for cell in cells) + "</tr>"
     titles = ["optimizer", "chosen lr", "validation loss", f"{metric['name']}{unit_of(metric)}", "lost"]
-    head = "".join(f"<th scope=col>{_text(title)}</th>" for title in titles)
+    head = "".join(f"<th scope=col>{text(title)}</th>" for title in titles)
     edge = [s.name for s in ranked if s.hyperparameters.get("lr") in (min(grid), max(grid))]
     notes = [f"{', '.join(edge)}: chosen at the edge of the grid; a better rate may lie beyond it."] if edge else []
     refused: dict[tuple[str, str], list[str]] = {}
@@ -279,30 +311,30 @@ def _tuning(results: dict[str, Any], ranked: Sequence[Standing], pictures: dict[
     notes += [f"{name} at {', '.join(rates)}: {error}" for (name, error), rates in refused.items()]
     caption = "Validation loss against learning rate. Ring: the rate chosen. × at the top: lost, or far off the scale."
     return (
-        f'<section><h2>Tuning</h2><p class=note>{_text(words)}</p><div class="plots">'
-        f'{_picture(pictures, "tuning", caption)}<div class="scroll"><table class="small">'
+        f'<section><h2>Tuning</h2><p class=note>{text(words)}</p><div class="plots">'
+        f'{picture(pictures, "tuning", caption)}<div class="scroll"><table class="small">'
         f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table>"
-        f"{''.join(f'<p class=note>{_text(note)}</p>' for note in notes)}</div></div></section>"
+        f"{''.join(f'<p class=note>{text(note)}</p>' for note in notes)}</div></div></section>"
     )
 
 
 def _method(results: dict[str, Any]) -> str:
     environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
     facts = {
-        "Command": f"<code>{_text(results['command'])}</code>",
-        "Task": _text(results["description"]),
-        "Budget": _text(
+        "Command": f"<code>{text(results['command'])}</code>",
+        "Task": text(results["description"]),
+        "Budget": text(
             f"{results['epochs']} epochs = {results['steps']:,} steps of batch size {results['batch_size']}, "
             f"{results['schedule']} schedule, the same for every optimizer"
         ),
-        "Seeds": _text(
+        "Seeds": text(
             ", ".join(map(str, results["seeds"])) + ": each optimizer starts from the same weights and batches"
         ),
         "Seconds": "Training alone: forward, backward and optimizer step. Evaluation is not counted.",
         "Step": "Median milliseconds of one whole training step, mean over the seeds.",
         "Memory": "Tensors the optimizer keeps between steps, in 10⁶ bytes.",
         "A win": "The means differ by more than √(σ₁² + σ₂²), σ the standard deviations over seeds; else a tie.",
-        "Environment": _text(f"quadric {results['quadric']}, {environment}"),
+        "Environment": text(f"quadric {results['quadric']}, {environment}"),
     }
     return "<dl>" + "".join(f"<dt>{term}</dt><dd>{words}</dd>" for term, words in facts.items()) + "</dl>"
 
@@ -316,29 +348,31 @@ def _raw(results: dict[str, Any], ranked: Sequence[Standing]) -> str:
             losses = [number(finite(run.last[key]), 5) for key in ("train_loss", "test_loss", "test_metric")]
             costs = [number(value, 4) for value in (run.seconds, run.reached, run.step_ms, run.memory)]
             cells = [run.seed, run.words, run.steps, *losses, *costs]
-            body += f"<tr><th scope=row>{_swatch(s.style)}{_text(s.name)}</th>"
+            body += f"<tr><th scope=row>{swatch(s.style)}{text(s.name)}</th>"
             body += (
-                "".join(f"<td{' class=words' if i == 1 else ''}>{_text(c)}</td>" for i, c in enumerate(cells)) + "</tr>"
+                "".join(f"<td{' class=words' if i == 1 else ''}>{text(c)}</td>" for i, c in enumerate(cells)) + "</tr>"
             )
     head = "".join(
-        f"<th scope=col{' class=words' if title == 'outcome' else ''}>{_text(title)}</th>" for title in titles
+        f"<th scope=col{' class=words' if title == 'outcome' else ''}>{text(title)}</th>" for title in titles
     )
     given = ""
     for s in ranked:
         words = ", ".join(f"{key}={value}" for key, value in s.hyperparameters.items())
-        given += f"<dt>{_text(s.name)}</dt><dd><code>{_text(words)}</code></dd>"
+        given += f"<dt>{text(s.name)}</dt><dd><code>{text(words)}</code></dd>"
     table = f"<table class=small><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
     return f"<div class=scroll>{table}</div><dl>{given}</dl>"
 
 
-def _picture(pictures: dict[str, str], name: str, caption: str) -> str:
+def picture(pictures: dict[str, str], name: str, caption: str) -> str:
+    """A picture with its caption, or nothing where there is none."""
     if name not in pictures:
         return ""
-    picture = pictures[name].replace("<svg ", f'<svg role="img" aria-label="{_text(caption)}" ', 1)
-    return f"<figure>{picture}<figcaption>{_text(caption)}</figcaption></figure>"
+    markup = pictures[name].replace("<svg ", f'<svg role="img" aria-label="{text(caption)}" ', 1)
+    return f"<figure>{markup}<figcaption>{text(caption)}</figcaption></figure>"
 
 
-def _swatch(style: plots.Style) -> str:
+def swatch(style: plots.Style) -> str:
+    """A short piece of an optimizer's line."""
     dashes = " ".join(f"{2 * d:g}" for d in style.dashes)
     return (
         f'<svg class="swatch" viewBox="0 0 28 8" aria-hidden="true"><path d="M1 4H27" '
@@ -346,7 +380,8 @@ def _swatch(style: plots.Style) -> str:
     )
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
+    """Anything as markup that shows it as it is."""
     return html.escape(printable(value))
 
 
@@ -390,6 +425,7 @@ tbody th{font-weight:400}
 .plots{margin-top:1.6rem;align-items:start;display:grid;
   grid-template-columns:repeat(auto-fill,minmax(min(100%,27rem),1fr));gap:2.2rem 2.5rem}
 figure{margin:0;break-inside:avoid;max-width:36rem}
+.wide figure{max-width:none}
 figure>svg{display:block;width:100%;height:auto}
 figure text{font-family:inherit!important}
 figcaption{font-size:.85rem;margin-top:.4rem}
