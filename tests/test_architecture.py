@@ -25,7 +25,7 @@ MAY_IMPORT = {
     **{room: BACKPROP - {room} for room in BACKPROP},
     **{room: BACKPROP | RULES - {room} for room in RULES},
     "backprop.rules.__init__": RULES,
-    "backprop.fallbacks": set(),
+    "backprop.fallbacks": {"backprop.registry"},
     "backprop.refusals": {"backprop.registry", "backprop.fallbacks"},
     "backprop.walk": BACKPROP | {"backprop.rules.__init__", "backprop.fallbacks", "backprop.refusals"},
     "methods.__init__": METHODS,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from quadric.backprop.registry import Entry
 
 __all__ = ["FALLBACKS"]
 
@@ -40,4 +41,7 @@ def signs(like: Tensor) -> Tensor:
     return torch.randint(0, 2, like.shape, generator=generator, device=like.device).to(like.dtype) * 2 - 1
 
 
-FALLBACKS: dict[str, Callable[[Any, Any, Any], Any]] = {"gauss_newton": probe, "zero": zero}
+FALLBACKS = {
+    "gauss_newton": Entry(probe, "fallback", exact=False, linear=True),
+    "zero": Entry(zero, "fallback", exact=False, linear=True),
+}

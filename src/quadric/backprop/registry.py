@@ -29,23 +29,25 @@ class Entry:
         family: The file it stands in.
         exact: Whether it gives the diagonal exactly where the Hessian with respect to the node's output is diagonal.
         note: What a reader of the table of rules should know.
+        linear: Whether it has no use for g.
     """
 
     rule: Rule
     family: str
     exact: bool = True
     note: str = ""
+    linear: bool = False
 
 
 RULES: dict[str, Entry] = {}
 
 
-def rule(*names: str, exact: bool = True, note: str = "") -> Callable[[Rule], Rule]:
+def rule(*names: str, exact: bool = True, note: str = "", linear: bool = False) -> Callable[[Rule], Rule]:
     """Register a rule of the library under the names of its nodes."""
 
     def register(function: Rule) -> Rule:
         family = function.__module__.rpartition(".")[2]
-        RULES.update(dict.fromkeys(names, Entry(function, family, exact, note)))
+        RULES.update(dict.fromkeys(names, Entry(function, family, exact, note, linear)))
         return function
 
     return register
@@ -59,7 +61,7 @@ def linear(*names: str, note: str = "") -> Callable[[Linear], Linear]:
             return None if h is None else function(node, h)
 
         linear_rule.__module__ = function.__module__
-        rule(*names, note=note)(linear_rule)
+        rule(*names, note=note, linear=True)(linear_rule)
         return function
 
     return register
@@ -134,10 +136,10 @@ def filled(rule: Rule) -> Rule:
     return with_zeros
 
 
-def find_rule(node: Any) -> Rule | None:
+def find_rule(node: Any) -> Entry | None:
     """The rule of a node, or None: what was registered, or what a custom Function carries itself."""
     entry = RULES.get(node.name())
     if entry is not None:
-        return entry.rule
+        return entry
     own = getattr(getattr(node, "_forward_cls", None), "hessian_diagonal", None)
-    return None if own is None else filled(own)
+    return None if own is None else Entry(filled(own), "custom", exact=False)

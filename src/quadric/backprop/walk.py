@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd import Variable
+from torch.autograd.graph import GradientEdge
 
 from quadric.backprop import rules as _families  # noqa: F401  (importing them registers them)
 from quadric.backprop.fallbacks import FALLBACKS
 from quadric.backprop.refusals import check_loss, check_targets, unsupported
-from quadric.backprop.registry import find_rule
+from quadric.backprop.registry import Entry, find_rule
 from quadric.backprop.squares import keeping
 
 __all__ = ["Walk", "hessian_diagonal"]
@@ -59,6 +60,7 @@ class Walk:
         self.diagonals: list[Tensor | None] = [None] * len(targets)
         self.multiple: Tensor | None = None  # of the loss that was differentiated
         self.begun: int | None = None  # the pass of autograd that h rides along with
+        self.alone = False  # with a backward of its own
         self.lock = threading.Lock()  # autograd runs a thread for each device
         self.squares: dict[tuple, Tensor] = {}
         self.handles: list[Any] = []
@@ -86,14 +88,14 @@ class Walk:
         ends = {*self.leaf, *self.inner}
         passed = ancestors(ends, users)
         needed = passed | ends
-        self.nodes, self.edges = nodes, edges
-        self.rules: dict[int, Callable] = {}
+        self.nodes, self.edges, self.users = nodes, edges, users
+        self.rules: dict[int, Entry] = {}
         for number in passed:
             edges[number] = [edge if edge is not None and edge[0] in needed else None for edge in edges[number]]
-            rule = find_rule(nodes[number]) or FALLBACKS.get(fallback or "")
-            if rule is None:
+            entry = find_rule(nodes[number]) or FALLBACKS.get(fallback or "")
+            if entry is None:
                 raise unsupported(nodes[number], targets)
-            self.rules[number] = rule
+            self.rules[number] = entry
         self.arrived: list[dict[int, Tensor]] = [{} for _ in nodes]
         me: weakref.ref[Walk] = weakref.ref(self)
         self.root = loss.output_nr
@@ -122,7 +124,8 @@ class Walk:
             raise RuntimeError(
                 "two attached losses that share a part of their graph were differentiated together: attach their sum"
             )
-        Variable._execution_engine.queue_callback(self.close)
+        if not self.alone:
+            Variable._execution_engine.queue_callback(self.close)
 
     def keep_apart(self, others: Iterable[Walk]) -> None:
         """Refuse to ride along with the same backward as another walk over a part of the same graph.
@@ -133,34 +136,29 @@ class Walk:
         self.rivals = [weakref.ref(o) for o in others if any(o.nodes[number] in mine for number in o.rules if o.nodes)]
 
     def _pass(self, number: int, gradients: tuple[Tensor | None, ...]) -> None:
-        arrived = self.arrived[number]
         self._capture(number)
-        rule = self.rules.get(number)
-        if rule is None:
+        entry = self.rules.get(number)
+        if entry is None:
             return
-        self.arrived[number] = {}
-        if len(gradients) == 1:
-            g = gradients[0]
-            if g is None:
-                return
-            h = arrived.get(0)
-            if h is not None and h.shape != g.shape:
-                h = h.sum_to_size(g.shape)
-            if g.dtype in WIDER:
-                g = g.float()
-        else:
-            h = tuple(
-                part if part is None or g is None else part.sum_to_size(g.shape)
-                for part, g in ((arrived.get(k), g) for k, g in enumerate(gradients))
-            )
-            h = h if arrived else None
-            g = tuple(g.float() if g is not None and g.dtype in WIDER else g for g in gradients)
-        g = None if self.gauss_newton and h is not None else g
+        node, arrived, self.arrived[number] = self.nodes[number], self.arrived[number], {}
+        if not arrived and all(g is None for g in gradients):
+            return
+        parts = [arrived.get(output) for output in range(len(gradients))]
+        for output, (g, h) in enumerate(zip(gradients, parts, strict=True)):
+            if h is not None:
+                shape = g.shape if g is not None else node._input_metadata[output].shape
+                if h.shape != shape:  # a rule may leave it to us to sum over what was broadcast
+                    parts[output] = h.sum_to_size(shape)
+        gradients = tuple(g.float() if g is not None and g.dtype in WIDER else g for g in gradients)
+        g: Any = gradients[0] if len(gradients) == 1 else gradients
+        h: Any = None if not arrived else parts[0] if len(gradients) == 1 else tuple(parts)
+        if self.gauss_newton and arrived:
+            g = None
         if self.reused:
             with keeping(self.reused, self.squares):
-                below = rule(self.nodes[number], g, h)
+                below = entry.rule(node, g, h)
         else:
-            below = rule(self.nodes[number], g, h)
+            below = entry.rule(node, g, h)
         if below is None:
             return
         for edge, part in zip(self.edges[number], below if type(below) is tuple else (below,), strict=True):
@@ -193,6 +191,42 @@ class Walk:
         for output, target in self.inner.get(number, {}).items():
             if output in self.arrived[number]:
                 self.diagonals[target] = self.arrived[number][output]
+
+    # With a backward of its own, which forms no gradient of a target.
+
+    def run(self, loss: Tensor, retain_graph: bool | None) -> None:
+        """Let autograd go only as deep as some rule needs g, then carry h the rest of the way.
+
+        The gradients of weights are needed nowhere: that saves one product in three of a backward.
+        """
+        self.alone = True
+        curved = {n for n, entry in self.rules.items() if not entry.linear}
+        seeing = curved | ancestors(curved, self.users)
+        last = [n for n in seeing if not any(edge is not None and edge[0] in seeing for edge in self.edges[n])]
+        stops = [(n, GradientEdge(self.nodes[n], k)) for n in last for k in range(len(self.nodes[n]._input_metadata))]
+        gradients: dict[int, list[Tensor | None]] = {number: [] for number in last}
+        if stops:
+            edges = [edge for _, edge in stops]
+            found = torch.autograd.grad(loss, edges, retain_graph=retain_graph, allow_unused=True)
+            for (number, _), gradient in zip(stops, found, strict=True):
+                gradients[number].append(gradient)
+        with torch.no_grad():
+            for number in last:
+                self._pass(number, tuple(gradients.pop(number)))
+            for number in self._in_order(self.rules.keys() - seeing):
+                self._pass(number, (None,) * len(self.nodes[number]._input_metadata))
+
+    def _in_order(self, numbers: set[int]) -> list[int]:
+        """Nodes so that each stands behind its users."""
+        waiting = {n: sum(user in numbers for user in self.users[n]) for n in numbers}
+        order = [n for n, users in waiting.items() if not users]
+        for number in order:  # grows as it is read
+            for edge in self.edges[number]:
+                if edge is not None and edge[0] in waiting:
+                    waiting[edge[0]] -= 1
+                    if not waiting[edge[0]]:
+                        order.append(edge[0])
+        return order
 
     # After backward.
 
@@ -322,6 +356,6 @@ def hessian_diagonal(
     targets = check_targets(params)
     unique = list({id(target): target for target in targets}.values())
     with Walk(loss, unique, gauss_newton=gauss_newton, fallback=fallback, dtype=dtype) as walk:
-        torch.autograd.grad(loss, unique, retain_graph=retain_graph, allow_unused=True)
+        walk.run(loss, retain_graph)
     found = {id(target): h for target, h in zip(unique, walk.finished(unique), strict=True)}
     return tuple(found[id(target)] for target in targets)

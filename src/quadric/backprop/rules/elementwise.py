@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quadric.backprop.registry import Rule, rule
+from quadric.backprop.registry import Rule, linear, rule
 from quadric.backprop.saved import axis, wanted, widened
 
 
@@ -24,7 +24,7 @@ def curved(h: Any, slope: Tensor, g: Any, bend: Tensor) -> Tensor:
 
 # Functions of one number: the slope f′ of the saved tensor, and the bend f″ of it and the slope.
 
-SQRT_PI, LN2, LN10 = math.sqrt(math.pi), math.log(2), math.log(10)
+SQRT_PI, SQRT_2PI, LN2, LN10 = math.sqrt(math.pi), math.sqrt(2 * math.pi), math.log(2), math.log(10)
 
 OF_INPUT = {
     "Acos": (lambda x: -((1 - x * x).rsqrt()), lambda x, s: x * s**3),
@@ -38,7 +38,9 @@ OF_INPUT = {
     "Digamma": (lambda x: torch.polygamma(1, x), lambda x, s: torch.polygamma(2, x)),
     "Erf": (lambda x: torch.exp(-x * x) * (2 / SQRT_PI), lambda x, s: -2 * x * s),
     "Erfc": (lambda x: torch.exp(-x * x) * (-2 / SQRT_PI), lambda x, s: -2 * x * s),
+    "Erfinv": (lambda x: torch.exp(torch.erfinv(x) ** 2) * (SQRT_PI / 2), lambda x, s: 2 * torch.erfinv(x) * s * s),
     "Hardswish": (lambda x: (x / 3 + 0.5).where(x.abs() < 3, (x > 0).to(x)), lambda x, s: (x.abs() < 3).to(x) / 3),
+    "I0": (torch.special.i1, lambda x, s: torch.special.i0(x) - torch.where(x == 0, 0.5, s / x)),
     "Lgamma": (lambda x: torch.digamma(x), lambda x, s: torch.polygamma(1, x)),
     "Log": (lambda x: 1 / x, lambda x, s: -s * s),
     "Log10": (lambda x: 1 / (x * LN10), lambda x, s: -s / x),
@@ -47,6 +49,7 @@ OF_INPUT = {
     "LogSigmoid": (lambda x: torch.sigmoid(-x), lambda x, s: s * (s - 1)),
     "Sin": (lambda x: x.cos(), lambda x, s: -x.sin()),
     "Sinh": (lambda x: x.cosh(), lambda x, s: x.sinh()),
+    "SpecialEntr": (lambda x: -x.log() - 1, lambda x, s: -1 / x),
 }
 OF_RESULT = {
     "Exp": (lambda y: y, lambda y, s: y),
@@ -54,6 +57,7 @@ OF_RESULT = {
     "Expm1": (lambda y: y + 1, lambda y, s: s),
     "Reciprocal": (lambda y: -y * y, lambda y, s: -2 * y * s),
     "Rsqrt": (lambda y: -0.5 * y**3, lambda y, s: -1.5 * y * y * s),
+    "SpecialNdtri": (lambda y: torch.exp(y * y / 2) * SQRT_2PI, lambda y, s: y * s * s),
     "Sqrt": (lambda y: 0.5 / y, lambda y, s: -s / (2 * y * y)),
     "Tan": (lambda y: 1 + y * y, lambda y, s: 2 * y * s),
 }
@@ -184,6 +188,54 @@ def glu(node: Any, g: Any, h: Any) -> Tensor:
     return torch.cat((below_a, curved(h, a * slope, g, a * slope * (1 - 2 * s))), axis(node._saved_dim))
 
 
+@rule("SincBackward0")
+def sinc(node: Any, g: Any, h: Any) -> Tensor:
+    """Sin z / z with z = πx; near zero, where differences would cancel, by its series."""
+    z = math.pi * widened(node._saved_self)
+    near = z.abs() < 0.1
+    z_or_one = torch.where(near, 1.0, z)
+    y = z_or_one.sin() / z_or_one
+    slope = (z_or_one.cos() - y) / z_or_one
+    square = z.square()
+    slope_near = z * (-1 / 3 + square * (1 / 30 + square * (-1 / 840 + square / 45360)))
+    bend_near = -1 / 3 + square * (1 / 10 + square * (-1 / 168 + square / 6480))
+    bend = torch.where(near, bend_near, -y - 2 * slope / z_or_one)
+    return curved(h, math.pi * torch.where(near, slope_near, slope), g, math.pi**2 * bend)
+
+
+@rule("PolygammaBackward0")
+def polygamma(node: Any, g: Any, h: Any) -> Tensor:
+    """The next two of the family."""
+    x, n = widened(node._saved_self), node._saved_n
+    return curved(h, torch.polygamma(n + 1, x), g, torch.polygamma(n + 2, x))
+
+
+@rule("SpecialLogNdtrBackward0")
+def log_ndtr(node: Any, g: Any, h: Any) -> Tensor:
+    """The logarithm of Φ: f′ = φ/Φ, f″ = −f′ (x + f′)."""
+    x, y = widened(node._saved_self), widened(node._saved_result)
+    slope = torch.exp(x.square() / -2 - y) * (1 / SQRT_2PI)
+    return curved(h, slope, g, -slope * (x + slope))
+
+
+@rule("SpecialErfcxBackward0")
+def erfcx(node: Any, g: Any, h: Any) -> Tensor:
+    """Exp(x²) erfc(x): f′ = 2 x y − 2/√π, f″ = 2 (y + x f′)."""
+    x, y = widened(node._saved_self), widened(node._saved_result)
+    slope = 2 * x * y - 2 / SQRT_PI
+    return curved(h, slope, g, 2 * (y + x * slope))
+
+
+@rule("LogitBackward0")
+def logit(node: Any, g: Any, h: Any) -> Tensor:
+    """Ln x − ln(1 − x): f′ = 1 / (x (1 − x)), f″ = (2 x − 1) f′², and flat where x is clamped."""
+    x, eps = widened(node._saved_self), node._saved_eps
+    slope = 1 / (x * (1 - x))
+    if eps is not None and eps >= 0:
+        slope = slope.masked_fill((x < eps) | (x > 1 - eps), 0.0)
+    return curved(h, slope, g, (2 * x - 1) * slope.square())
+
+
 @rule("PowBackward0")
 def power(node: Any, g: Any, h: Any) -> Tensor:
     """X to a constant power n: n xⁿ⁻¹ and n (n − 1) xⁿ⁻²."""
@@ -214,19 +266,113 @@ def power_of_number(node: Any, g: Any, h: Any) -> Tensor:
     return curved(h, y * log_c, g, y * log_c**2)
 
 
-@rule("AbsBackward0", "AminmaxBackward0", "SgnBackward0")
+@rule("AbsBackward0")
 def absolute(node: Any, g: Any, h: Any) -> Tensor | None:
     """|x|: the square of its slope is 1, and 0 at zero."""
     return None if h is None else h * (node._saved_self != 0)
+
+
+# Functions of two numbers, each with the other constant.
 
 
 @rule("DivBackward0")
 def divide(node: Any, g: Any, h: Any) -> tuple[Tensor | None, Tensor | None]:
     """A / b: 1/b in a, −a/b² and 2a/b³ in b."""
     a_wanted, b_wanted = wanted(node)
-    inverse = 1 / widened(node._saved_other)
+    inverse = widened(node._saved_other).reciprocal()  # which keeps the type where the other is a number of Python
     below_a = inverse.square() * h if a_wanted and h is not None else None
     if not b_wanted:
         return below_a, None
     slope = -widened(node._saved_self) * inverse.square()
     return below_a, curved(h, slope, g, -2 * slope * inverse)
+
+
+@rule("AddcdivBackward0")
+def addcdiv(node: Any, g: Any, h: Any) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """C + v a / b."""
+    inverse, v = widened(node._saved_tensor2).reciprocal(), node._saved_value
+    of_a = None if h is None else h * (v * inverse).square()
+    if not wanted(node)[2]:
+        return h, of_a, None
+    slope = -v * widened(node._saved_tensor1) * inverse.square()
+    return h, of_a, curved(h, slope, g, -2 * slope * inverse)
+
+
+@rule("Atan2Backward0")
+def atan2(node: Any, g: Any, h: Any) -> tuple[Tensor | None, Tensor | None]:
+    """The angle of (a, b): b/r² and −a/r², −2 a b/r⁴ and its negative."""
+    a, b = widened(node._saved_self), widened(node._saved_other)
+    inverse = 1 / (a.square() + b.square())
+    bend = -2 * a * b * inverse.square()
+    return curved(h, b * inverse, g, bend), curved(h, a * inverse, g, -bend)
+
+
+@rule("HypotBackward0")
+def hypot(node: Any, g: Any, h: Any) -> tuple[Tensor | None, ...]:
+    """√(a² + b²) = r: a/r and (1 − a²/r²)/r."""
+    inverse = widened(node._saved_result).reciprocal()
+    slopes = (None if side is None else widened(side) * inverse for side in (node._saved_self, node._saved_other))
+    return tuple(None if s is None else curved(h, s, g, (1 - s.square()) * inverse) for s in slopes)
+
+
+@rule("LogaddexpBackward0", "Logaddexp2Backward0")
+def logaddexp(node: Any, g: Any, h: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Ln(eᵃ + eᵇ), or to the base 2: s = σ(a − b) and s (1 − s)."""
+    unit = LN2 if "2" in node.name().removesuffix("0") else 1.0
+    s = torch.sigmoid((widened(node._saved_self) - widened(node._saved_other)) * unit)
+    bend = unit * s * (1 - s)
+    return curved(h, s, g, bend), curved(h, 1 - s, g, bend)
+
+
+@rule("XlogyBackward0", "XlogyBackward1", "XlogyBackward2")
+def xlogy(node: Any, g: Any, h: Any) -> Any:
+    """X ln y, where either may be a number."""
+    return times_log(node, g, h, 0.0)
+
+
+@rule("SpecialXlog1PyBackward0", "SpecialXlog1PyBackward1", "SpecialXlog1PyBackward2")
+def xlog1py(node: Any, g: Any, h: Any) -> Any:
+    """X ln(1 + y), where either may be a number."""
+    return times_log(node, g, h, 1.0)
+
+
+def times_log(node: Any, g: Any, h: Any, shift: float) -> Any:
+    """X ln(y + shift) is linear in x."""
+    x, y = (
+        widened(t) if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
+        for t in (node._saved_self, node._saved_other)
+    )
+    overload = int(node.name()[-1])
+    of_x = of_y = None
+    if overload != 1 and h is not None:
+        of_x = h * torch.where(x == 0, 0.0, (y + shift).log()).square()
+    if overload != 2:
+        slope = x / (y + shift)
+        of_y = curved(h, slope, g, -slope / (y + shift))
+    return {0: (of_x, of_y), 1: of_y, 2: of_x}[overload]
+
+
+@rule("DivBackward2")
+def divide_and_round(node: Any, g: Any, h: Any) -> Any:
+    """Flat, unless nothing is rounded."""
+    if node._saved_rounding_mode is None:
+        return divide(node, g, h)
+    return None
+
+
+@linear("RemainderBackward1", "FmodBackward1")
+def remainder(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """X − y n for a whole number n."""
+    slopes = node(torch.ones_like(h))
+    return h, None if slopes[1] is None else h * slopes[1].square()
+
+
+@rule("LdexpBackward0")
+def ldexp(node: Any, g: Any, h: Any) -> tuple[Tensor | None, Tensor | None]:
+    """A 2ᵇ = y: 2ᵇ in a, y ln 2 and y ln² 2 in b."""
+    a_wanted, b_wanted = wanted(node)
+    of_a = h * torch.exp2(2.0 * node._saved_other) if a_wanted and h is not None else None
+    if not b_wanted:
+        return of_a, None
+    slope = LN2 * widened(node._saved_result)
+    return of_a, curved(h, slope, g, LN2 * slope)

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quadric.backprop.registry import linear
+from quadric.backprop.registry import UnsupportedOperation, linear
+from quadric.backprop.saved import axis, wanted, widened
 
 MOVES = (
     "AdaptiveMaxPool2D AdaptiveMaxPool3D Alias AsStrided BlockDiag Cat Ceil ChannelShuffle Clamp ClampMax ClampMin "
@@ -31,7 +32,7 @@ ONE_OF_MANY = "MaxBackward0 MinBackward0 MedianBackward1 NanmedianBackward1 Rema
 
 def overloads(*stems: str) -> list[str]:
     """The nodes of an operation: autograd numbers its overloads."""
-    return [f"{stem}Backward{number}" for stem in stems for number in range(5)]
+    return [f"{stem}Backward{number}{form}" for stem in stems for number in range(5) for form in ("", "_copy")]
 
 
 @linear(*overloads(*MOVES.split()), *ONE_OF_MANY.split(), "torch::autograd::CopyBackwards")
@@ -40,10 +41,30 @@ def move(node: Any, h: Any) -> Any:
     return node(*h) if type(h) is tuple else node(h)
 
 
-@linear(*overloads("Deg2Rad", "Hardsigmoid", "LeakyRelu", "NativeDropout", "Neg", "Rad2Deg", "RreluWithNoise"))
+@linear(*overloads("Deg2Rad", "LeakyRelu", "NativeDropout", "Neg", "Rad2Deg", "RreluWithNoise"))
 def scale(node: Any, h: Any) -> Any:
     """The Jacobian is diagonal and symmetric in its use: J applied twice."""
     return node(node(h[0] if type(h) is tuple else h))
+
+
+@linear("CopysignBackward0", "CopysignBackward1")
+def copysign(node: Any, h: Tensor) -> Any:
+    """±x, and nothing of the sign."""
+    slope = node(torch.ones_like(h))
+    slope = slope[0] if type(slope) is tuple else slope
+    below = slope.square() * h
+    return (below, None) if len(node.next_functions) == 2 else below
+
+
+@linear("SgnBackward0")
+def flat(node: Any, h: Tensor) -> None:
+    """A step has no slope."""
+
+
+@linear("HardsigmoidBackward0")
+def hardsigmoid(node: Any, h: Tensor) -> Tensor:
+    """Slope 1/6 between −3 and 3."""
+    return torch.where(node._saved_self.abs() < 3, h / 36, 0.0)
 
 
 @linear("MulBackward1", "DivBackward1", note="by a number")
@@ -96,6 +117,54 @@ def index_add(node: Any, h: Tensor) -> tuple[Tensor, Tensor | None]:
 def lerp(node: Any, h: Tensor) -> tuple[Tensor, Tensor]:
     """Y = (1 − c) x + c z."""
     return h * (1 - node._saved_weight) ** 2, h * node._saved_weight**2
+
+
+@linear("AminmaxBackward0")
+def extremes(node: Any, h: Any) -> Tensor | None:
+    """The least and the largest, each shared evenly among equals."""
+    total = None
+    for place, part in enumerate(h):
+        if part is not None:
+            parts = [None, None]
+            parts[place] = torch.ones_like(part)
+            slope = node(*parts)
+            parts[place] = part
+            below = slope * node(*parts)
+            total = below if total is None else total + below
+    return total
+
+
+@linear("ScatterReduceBackward0", "IndexReduceBackward0", note="amax, amin, prod, sum and mean")
+def reduce_into(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Each entry of the target and of the source reaches one entry of the result, with a slope that backward tells."""
+    of_target, of_source = node(torch.ones_like(h))
+    if of_target is not None:
+        of_target = of_target.square() * h
+    if of_source is not None:
+        dim, index = axis(node._saved_dim), node._saved_index
+        arrived = h.gather(dim, index) if "Scatter" in node.name() else h.index_select(dim, index)
+        of_source = of_source.square() * arrived
+    return of_target, of_source
+
+
+@linear("EmbeddingBagBackward0")
+def embedding_bag(node: Any, h: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Sums, means or largest of rows; with weights, the square of each for the other."""
+    h = h[0] if type(h) is tuple else h
+    weights = node._saved_per_sample_weights
+    if weights is None:
+        if node._saved_mode == 1:  # a mean: backward divides by the size of the bag once, and so do we
+            h = h / node._saved_result2.clamp_min(1).to(h.dtype).unsqueeze(1)
+        return node(h)[0], None
+    indices, rows = node._saved_indices, node._saved_weight
+    places = torch.arange(len(indices), device=h.device)
+    bags = torch.searchsorted(node._saved_offsets, places, right=True) - 1
+    counted = (indices != axis(node._saved_padding_idx)).to(h.dtype)
+    arrived = h[bags] * counted.unsqueeze(1)
+    of_weights = None if rows is None else (arrived * widened(rows)[indices].square()).sum(1)
+    of_rows = h.new_zeros(node._saved_weight_sym_argsize_0, h.shape[1])
+    of_rows.index_add_(0, indices, arrived * widened(weights).square().unsqueeze(1))
+    return of_rows, of_weights
 
 
 # Averages over windows: an entry of the Jacobian is 0 or 1 / (the size of the window).
@@ -155,7 +224,71 @@ def interpolate(node: Any, h: Tensor) -> Tensor:
     }[cubic, smooth]  # fmt: skip
     for axis in range(axes):
         n = shape[axis]
-        unit = torch.eye(n, dtype=h.dtype, device=h.device).view(1, n, n, 1)
-        weights = stretch(unit, [outputs[axis], 1], corners, scales[axis], None)[0, :, :, 0]  # (inputs, outputs)
+        unit = torch.eye(n, dtype=h.dtype, device=h.device).view(1, n, 1, n)
+        weights = stretch(unit, [1, outputs[axis]], corners, None, scales[axis])[0, :, 0]  # (inputs, outputs)
         h = (h.movedim(2 + axis, -1) @ weights.square().mT).movedim(-1, 2 + axis)
     return h
+
+
+# Sampling at points.
+
+BILINEAR, NEAREST = range(2)  # torch's numbers for mode
+ZEROS, BORDER, REFLECTION = range(3)  # and for padding_mode
+
+
+@linear("AffineGridGeneratorBackward0")
+def affine_grid(node: Any, h: Tensor) -> Tensor:
+    """Every point of the grid is θ times its coordinates and 1."""
+    axes = len(node._saved_size) - 2
+    unit = torch.eye(axes, axes + 1, dtype=h.dtype, device=h.device).unsqueeze(0)
+    places = torch.nn.functional.affine_grid(unit, [1, *node._saved_size[1:]], node._saved_align_corners)
+    squares = torch.nn.functional.pad(places.square(), (0, 1), value=1.0).flatten(0, -2)
+    return h.flatten(1, -2).mT @ squares
+
+
+@linear("GridSampler2DBackward0", "GridSampler3DBackward0", note="modes bilinear and nearest")
+def grid_sample(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """Linear between pixels: squares of its weights for the image, of each channel's slope for the grid."""
+    mode = node._saved_interpolation_mode
+    if mode == NEAREST:
+        return node(h)[0], None
+    if mode != BILINEAR:
+        raise UnsupportedOperation(
+            "there is no rule for the Hessian diagonal through grid_sample with mode='bicubic': use mode='bilinear'"
+        )
+    image, grid = widened(node._saved_input), widened(node._saved_grid)
+    padding, corners = node._saved_padding_mode, node._saved_align_corners
+    ops = torch.ops.aten
+    backward = ops.grid_sampler_2d_backward if image.ndim == 4 else ops.grid_sampler_3d_backward
+    of_image = of_grid = None
+    if wanted(node)[0]:
+        points, mass = squared_weights(grid, image.shape[:1:-1], padding, corners)
+        of_image, _ = backward(h * mass.unsqueeze(1), image, points, mode, ZEROS, corners, [True, False])
+    if wanted(node)[1]:
+        channels = image.shape[1]
+        each, points = image.flatten(0, 1).unsqueeze(1), grid.repeat_interleave(channels, dim=0)
+        ones = torch.ones_like(h).flatten(0, 1).unsqueeze(1)
+        _, slopes = backward(ones, each, points, mode, padding, corners, [False, True])
+        of_grid = (slopes.unflatten(0, (-1, channels)).square() * h.unsqueeze(-1)).sum(1)
+    return of_image, of_grid
+
+
+def squared_weights(grid: Tensor, sizes: torch.Size, padding: int, corners: bool) -> tuple[Tensor, Tensor]:
+    """Points whose weights 1 − b and b, times a mass, are the squares of the weights 1 − a and a of the points given.
+
+    Along one axis b = a²/m with the mass m = a² + (1 − a)², and the masses of the axes multiply.
+    """
+    size = torch.tensor(sizes, dtype=grid.dtype, device=grid.device)  # in the order of the grid's coordinates
+    low, high = (0.0 * size, size - 1) if corners else (0.0 * size - 0.5, size - 0.5)
+    place = (grid + 1) / 2 * (high - low) + low
+    if padding == REFLECTION:
+        period = 2 * (high - low).clamp_min(1e-30)
+        place = (place - low).remainder(period)
+        place = torch.minimum(place, period - place) + low
+    if padding != ZEROS:
+        place = place.clamp(torch.zeros_like(size), size - 1)
+    a = place - place.floor()
+    mass = a.square() + (1 - a).square()
+    moved = place.floor() + a.square() / mass
+    span = torch.where(high == low, 1.0, high - low)
+    return (moved - low) / span * 2 - 1, mass.prod(-1)
