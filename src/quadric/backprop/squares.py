@@ -11,12 +11,16 @@ from torch import Tensor
 
 __all__ = ["keeping", "square"]
 
+LARGE = 2**15  # numbers above which fresh memory costs as much as the square itself
+
 
 class _Kept(threading.local):
-    """What the walk that runs in this thread keeps: squares by the memory of their tensor, for tensors used again."""
+    """What a thread keeps: the squares that one walk uses again, and memory on the CPU for all others."""
 
-    reused: frozenset[int] = frozenset()
-    squares: dict[tuple, Tensor] | None = None
+    def __init__(self) -> None:
+        self.reused: frozenset[int] = frozenset()  # addresses of tensors
+        self.squares: dict[tuple, Tensor] = {}
+        self.scratch: dict[tuple[int, torch.dtype], Tensor] = {}
 
 
 _kept = _Kept()
@@ -33,17 +37,24 @@ def keeping(reused: frozenset[int], squares: dict[tuple, Tensor]) -> Iterator[No
         _kept.reused, _kept.squares = before
 
 
-def square(x: Tensor, h: Tensor) -> Tensor:
-    """x² in the type of h."""
-    if _kept.squares is None or x.data_ptr() not in _kept.reused:
-        return squared(x, h.dtype)
-    key = (x.data_ptr(), x.shape, x.stride(), x._version, h.dtype)
-    if key not in _kept.squares:
-        _kept.squares[key] = squared(x, h.dtype)
-    return _kept.squares[key]
+def square(x: Tensor, h: Tensor, operand: int = 0) -> Tensor:
+    """x² in the type of h, rounded once; the next call for the same ``operand`` may overwrite it."""
+    if x.data_ptr() in _kept.reused:
+        key = (x.data_ptr(), x.shape, x.stride(), x._version, h.dtype)
+        if key not in _kept.squares:
+            _kept.squares[key] = fresh_square(x, h)
+        return _kept.squares[key]
+    wide = x.dtype == h.dtype
+    if not wide or x.numel() < LARGE or x.device.type != "cpu" or not (x.is_contiguous() or x.mT.is_contiguous()):
+        return fresh_square(x, h)
+    memory = _kept.scratch.get((operand, h.dtype))
+    if memory is None or len(memory) < x.numel():
+        with torch.inference_mode(False):  # such tensors could not be written to outside of it
+            memory = _kept.scratch[operand, h.dtype] = torch.empty(x.numel(), dtype=h.dtype)
+    return torch.mul(x, x, out=memory[: x.numel()].as_strided(x.shape, x.stride()))
 
 
-def squared(x: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rounded once, whatever the two types."""
-    x = x.to(torch.promote_types(x.dtype, dtype))
-    return (x * x).to(dtype)
+def fresh_square(x: Tensor, h: Tensor) -> Tensor:
+    """x² in memory of its own."""
+    x = x.to(torch.promote_types(x.dtype, h.dtype))
+    return (x * x).to(h.dtype)

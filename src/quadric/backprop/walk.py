@@ -39,6 +39,8 @@ class Walk:
         gauss_newton: leave out the second derivatives of everything below the first curved operation.
         fallback: what to do at a node without a rule: None raises, otherwise a key of ``FALLBACKS``.
         dtype: what h is carried and multiplied in; None for that of g, and float32 where g has half precision.
+        take: called with the number of a leaf among ``targets`` and a part of its h as soon as there is one; by default
+            the parts are added up in ``diagonals``.
 
     Raises:
         ValueError: if the loss is not a scalar with a graph, or an argument is out of range.
@@ -53,11 +55,13 @@ class Walk:
         gauss_newton: bool = False,
         fallback: str | None = None,
         dtype: torch.dtype | None = None,
+        take: Callable[[int, Tensor], None] | None = None,
     ):
         check_loss(loss, fallback, dtype)
         self.gauss_newton, self.dtype = gauss_newton, dtype
         self.shapes = [target.shape for target in targets]
         self.diagonals: list[Tensor | None] = [None] * len(targets)
+        self.take = take or self._add
         self.multiple: Tensor | None = None  # of the loss that was differentiated
         self.begun: int | None = None  # the pass of autograd that h rides along with
         self.alone = False  # with a backward of its own
@@ -175,8 +179,7 @@ class Walk:
             if target is not None:
                 if h.shape != self.shapes[target]:
                     h = h.sum_to_size(self.shapes[target])
-                before = self.diagonals[target]
-                self.diagonals[target] = h if before is None else before + h
+                self.take(target, h)
                 return
             arrived = self.arrived[number]
             before = arrived.get(output)
@@ -186,6 +189,10 @@ class Walk:
                     before, h = before.sum_to_size(shape), h.sum_to_size(shape)
                 h = before + h
             arrived[output] = h
+
+    def _add(self, target: int, h: Tensor) -> None:
+        before = self.diagonals[target]
+        self.diagonals[target] = h if before is None else before + h
 
     def _capture(self, number: int) -> None:
         for output, target in self.inner.get(number, {}).items():

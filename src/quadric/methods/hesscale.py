@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,14 @@ from quadric.optimizer import Block, CurvatureOptimizer, require
 from quadric.tiles import Tiles
 
 __all__ = ["AdaHesScale", "HessianDiagonal"]
+
+
+def share_of_newest(decay: float, count: int) -> float:
+    """The weight of the newest of ``count`` values in their bias-corrected average.
+
+    Kept corrected, an average does not shrink for a parameter that was absent from some of the updates.
+    """
+    return (1 - decay) / (1 - decay**count)
 
 
 class HessianDiagonal(Curvature):
@@ -59,7 +68,7 @@ class HessianDiagonal(Curvature):
     """
 
     column_names = ("squares",)
-    squares: Tensor  # (length,), v
+    squares: Tensor  # (length,), v̂
 
     def __init__(self, dim: int, decay: float = 0.999, damping: Schedule = 1e-8):
         super().__init__(Tiles([dim], dim), damping)
@@ -72,18 +81,15 @@ class HessianDiagonal(Curvature):
         if not self.updates:
             self.squares = torch.zeros_like(observation, dtype=torch.promote_types(observation.dtype, torch.float32))
         squares, fresh = ([t] if live is None else live(t) for t in (self.squares, observation))
-        _foreach_mul_(squares, self.decay)
-        _foreach_addcmul_(squares, fresh, fresh, value=1 - self.decay)
         self.updates += 1
-
-    def root(self, out: Tensor) -> Tensor:
-        """√v̂, written to ``out``."""
-        return torch.sqrt(self.squares, out=out).mul_((1 - self.decay**self.updates) ** -0.5)
+        share = share_of_newest(self.decay, self.updates)
+        _foreach_mul_(squares, 1 - share)
+        _foreach_addcmul_(squares, fresh, fresh, value=share)
 
     def matrix(self) -> Diagonal:  # noqa: D102
         if not self.updates:
             return Diagonal(torch.full((self.dim,), self.damping_now()))
-        return Diagonal(self.tiles.unpad(self.root(torch.empty_like(self.squares))) + self.damping_now())
+        return Diagonal(self.tiles.unpad(self.squares).sqrt() + self.damping_now())
 
     def columns(self, start: int, stop: int) -> dict[str, Tensor]:  # noqa: D102
         return {"squares": self.squares[start:stop].clone()}
@@ -169,7 +175,8 @@ class AdaHesScale(CurvatureOptimizer):
         pair = isinstance(betas, tuple | list) and len(betas) == 2
         require(pair, "betas", betas, "a pair of numbers", "(0.9, 0.999) is usual")
         require(0 <= betas[0] < 1, "betas[0]", betas[0], "0 ≤ betas[0] < 1", "0.9 is usual")
-        HessianDiagonal(1, betas[1], group["eps"])
+        require(0 <= betas[1] < 1, "betas[1]", betas[1], "0 ≤ betas[1] < 1", "0.999 is usual")
+        require(0 < group["eps"] < math.inf, "eps", group["eps"], "0 < eps < ∞", "1e-8 is usual")
         for name in ("clip", "trust"):
             value = group[name]
             require(value is None or value > 0, name, value, f"{name} > 0", "None turns it off")
@@ -179,7 +186,8 @@ class AdaHesScale(CurvatureOptimizer):
     def _forget(self) -> None:
         super()._forget()
         self._walks: list[tuple[Walk, list[tuple[int, int]]]] = []  # with the places of their targets
-        self._collected: dict[tuple[int, int], Any] = {}  # h so far, by places of group and parameter
+        self._kept: dict[tuple[int, int], Tensor] = {}  # memory for h
+        self._collected: dict[tuple[int, int], Tensor | None] = {}  # h so far, None where it is zero
 
     # From a loss to h.
 
@@ -198,6 +206,9 @@ class AdaHesScale(CurvatureOptimizer):
         try:
             loss.backward(retain_graph=retain_graph)
         except BaseException:
+            for _, places in self._walks[before:]:
+                for place in places:
+                    self._collected.pop(place, None)
             self._drop(self._walks[before:])
             raise
 
@@ -215,34 +226,55 @@ class AdaHesScale(CurvatureOptimizer):
         """
         settings: dict[tuple, list[tuple[int, int]]] = {}
         for k, group in enumerate(self.param_groups):
-            if self._due(k):
-                places = [(k, i) for i, p in enumerate(group["params"]) if p.requires_grad]
-                settings.setdefault((group["gauss_newton"], group["dtype"]), []).extend(places)
+            settings.setdefault((group["gauss_newton"], group["dtype"]), []).extend(self._due(k))
+        walks = []
         for (gauss_newton, dtype), places in settings.items():
-            params = [self.param_groups[k]["params"][i] for k, i in places]
-            walk = Walk(loss, params, gauss_newton=gauss_newton, dtype=dtype)
-            walk.keep_apart(other for other, _ in self._walks)
-            self._walks.append((walk, places))
+            if places:
+                params = [self.param_groups[k]["params"][i] for k, i in places]
+                walk = Walk(loss, params, gauss_newton=gauss_newton, dtype=dtype)
+                walk.take = partial(self._take, walk, places)
+                walk.keep_apart(other for other, _ in self._walks)  # and not those of other settings of this loss
+                walks.append((walk, places))
+        self._walks += walks
 
-    def _due(self, place: int) -> bool:
-        """Whether a group looks at the Hessian in this step: by its number, and where a parameter is new."""
-        group, blocks = self.param_groups[place], self._blocks[place]
-        members = {i for block in blocks for i in block.members}
-        fresh = any(i not in members for i, p in enumerate(group["params"]) if p.requires_grad)
-        return fresh or any(block.step % group["refresh_every"] == 0 for block in blocks)
+    def _due(self, place: int) -> list[tuple[int, int]]:
+        """The parameters of a group that look at the Hessian in this step: by its number, and those that are new."""
+        group = self.param_groups[place]
+        steps = {i: block.step for block in self._known_blocks(place) for i in block.members}
+        return [
+            (place, i)
+            for i, p in enumerate(group["params"])
+            if p.requires_grad and p.numel() and steps.get(i, 0) % group["refresh_every"] == 0
+        ]
+
+    def _known_blocks(self, place: int) -> list[Block]:
+        if not self._blocks[place]:  # as after a copy
+            self._restore(place, self.param_groups[place])
+        return self._blocks[place]
 
     def _drop(self, walks: list[tuple[Walk, list[tuple[int, int]]]]) -> None:
         for walk, _ in walks:
             walk.close()
         self._walks = [pair for pair in self._walks if pair not in walks]
 
+    def _take(self, walk: Walk, places: list[tuple[int, int]], target: int, h: Tensor) -> None:
+        """Add a part of the h of a parameter to memory that is kept from step to step: fresh memory costs as much."""
+        place, multiple = places[target], walk.multiple
+        kept = self._kept.get(place)
+        if kept is None or (kept.shape, kept.dtype, kept.device) != (h.shape, h.dtype, h.device):
+            kept = self._kept[place] = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+        if self._collected.get(place) is None:
+            torch.div(h, multiple, out=kept)  # pyright: ignore[reportCallIssue,reportArgumentType]
+        else:
+            kept.addcdiv_(h, multiple)  # pyright: ignore[reportCallIssue,reportArgumentType]
+        self._collected[place] = kept
+
     def _collect(self) -> None:
-        """Add up what the walks have brought."""
+        """Note whose h the walks have brought, zero where nothing arrived."""
         for walk, places in self._walks:
-            for place, h in zip(places, walk.diagonals, strict=True):
-                if h is not None:
-                    h = torch.div(h, walk.multiple)  # pyright: ignore[reportCallIssue,reportArgumentType]
-                    self._collected[place] = self._collected[place] + h if place in self._collected else h
+            if walk.begun is not None:  # otherwise it was attached and never differentiated
+                for place in places:
+                    self._collected.setdefault(place, None)
         self._drop(self._walks)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -278,24 +310,24 @@ class AdaHesScale(CurvatureOptimizer):
         return loss
 
     def _check_collected(self) -> None:
-        seen = {k for k, _ in self._collected}
         for k, group in enumerate(self.param_groups):
-            learnt = {i for block in self._blocks[k] if block.curvature.updates for i in block.members}
+            learnt = {i for block in self._known_blocks(k) if block.step for i in block.members}
             for i, p in enumerate(group["params"]):
-                if p.grad is not None and k not in seen and i not in learnt:
+                if p.grad is not None and p.numel() and i not in learnt and (k, i) not in self._collected:
                     raise RuntimeError(
                         f"parameter {i} of group {k} has a gradient but no Hessian diagonal was collected: call "
                         "optimizer.backward(loss) in place of loss.backward(), or optimizer.attach(loss) before it"
                     )
-        if not self._collected:
-            return
-        sizes = torch.stack([torch.linalg.vector_norm(h, math.inf).cpu() for h in self._collected.values()])
-        if not bool(torch.isfinite(sizes).all()):
-            (k, i), size = next(pair for pair in zip(self._collected, sizes, strict=True) if not pair[1].isfinite())
-            raise RuntimeError(
-                f"the Hessian diagonal of parameter {i} of group {k} holds {size.item():g}; nothing was changed: skip "
-                "this batch, lower lr, or look for the overflow in the loss"
-            )
+        found = {place: h for place, h in self._collected.items() if h is not None}
+        # All of them are launched before the first is waited for. The squares must be finite too.
+        sizes = [torch.linalg.vector_norm(h, math.inf) for h in found.values()]
+        squares = [size.square() for size in sizes]
+        for (k, i), size, square in zip(found, sizes, squares, strict=True):
+            if not math.isfinite(square):
+                raise RuntimeError(
+                    f"the Hessian diagonal of parameter {i} of group {k} holds {size.item():g}; nothing was changed: "
+                    "skip this batch, lower lr, or look for the overflow in the loss"
+                )
 
     def curvature(self, params: list[list[Tensor]], group: dict[str, Any]) -> HessianDiagonal:  # noqa: D102
         return HessianDiagonal(sum(p.numel() for p in params[0]), group["betas"][1], group["eps"])
@@ -305,15 +337,15 @@ class AdaHesScale(CurvatureOptimizer):
         beta, estimate.decay = group["betas"]
         estimate.damping = group["eps"]
         average, out, spare = block.buffer("average"), block.flat, block.spare
-        _foreach_lerp_(block.live(average), block.live(gradient), 1 - beta)
-        if any(k == block.group for k, _ in self._collected):
+        _foreach_lerp_(block.live(average), block.live(gradient), share_of_newest(beta, block.step))
+        if any((block.group, i) in self._collected for i in block.members):
             self._gather(block, [self._collected.get((block.group, i)) for i in block.members], spare)
             estimate.absorb(spare, block.live)
-        root = estimate.root(out=spare)
-        torch.div(average, root + estimate.damping_now(), out=out).div_(1 - beta**block.step)
+        root = torch.sqrt(estimate.squares, out=spare)
+        torch.div(average, root + estimate.damping_now(), out=out)
         if group["clip"] is not None:
             out.clamp_(-group["clip"], group["clip"])
         if group["trust"] is not None:
-            moved = sum(torch.dot(r * u, u) for r, u in zip(block.live(root), block.live(out), strict=True))
+            moved = sum((r * u**2).sum() for r, u in zip(block.live(root), block.live(out), strict=True))
             out.mul_((2 * group["trust"] / (moved * float(group["lr"]) ** 2)).sqrt().clamp_max(1))
         return out

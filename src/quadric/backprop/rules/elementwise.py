@@ -279,12 +279,17 @@ def absolute(node: Any, g: Any, h: Any) -> Tensor | None:
 def divide(node: Any, g: Any, h: Any) -> tuple[Tensor | None, Tensor | None]:
     """A / b: 1/b in a, −a/b² and 2a/b³ in b."""
     a_wanted, b_wanted = wanted(node)
-    inverse = widened(node._saved_other).reciprocal()  # which keeps the type where the other is a number of Python
+    inverse = divisor(node._saved_other, g if h is None else h).reciprocal()
     below_a = inverse.square() * h if a_wanted and h is not None else None
     if not b_wanted:
         return below_a, None
     slope = -widened(node._saved_self) * inverse.square()
     return below_a, curved(h, slope, g, -2 * slope * inverse)
+
+
+def divisor(b: Tensor, like: Tensor) -> Tensor:
+    """What is divided by, where a whole number would make float32 of everything."""
+    return widened(b) if b.is_floating_point() else b.to(like.dtype)
 
 
 @rule("AddcdivBackward0")

@@ -91,3 +91,39 @@ def soft_margin(node: Any, g: Any, h: Any) -> Tensor:
     x, y = widened(node._saved_self), node._saved_target
     s, c = torch.sigmoid(-y * x), share(node, x.numel())
     return curved(h, -c * y * s, g, c * y * y * s * (1 - s))
+
+
+@linear("MultilabelMarginLossBackward0")
+def multilabel_margin(node: Any, h: Tensor) -> Tensor:
+    """Made of straight pieces; an entry reaches the loss of its row only."""
+    return node(torch.ones_like(h)) * node(h)
+
+
+@rule("MultiMarginLossBackward0")
+def multi_margin(node: Any, g: Any, h: Any) -> Tensor:
+    """Σ w max(0, margin − x_y + x_j)ᵖ / C over the wrong classes j of each row: bent where p = 2."""
+    below = torch.zeros_like(node._saved_self) if h is None else node(torch.ones_like(h)) * node(h)
+    if g is None or node._saved_p == 1:
+        return below
+    x, label = widened(node._saved_self), node._saved_target.unsqueeze(-1)
+    active = (node._saved_margin - x.gather(-1, label) + x > 0).to(x).scatter(-1, label, 0.0)
+    active = active.scatter(-1, label, active.sum(-1, keepdim=True))
+    weight = 1.0 if node._saved_weight is None else node._saved_weight[label]
+    scale = 2 * share(node, label.numel()) / x.shape[-1]
+    return below + scale * weight * active * (g if g.ndim == 0 else g.unsqueeze(-1))
+
+
+@rule(
+    "CtcLossBackward0",
+    "CtcLossBackward1",
+    exact=False,
+    note="as if its input came out of a log-softmax, as backward does",
+)
+def connectionist_temporal_classification(node: Any, g: Any, h: Any) -> Tensor:
+    """For probabilities p of the network and q given the labels: slope p − q, bend p (1 − p) − q (1 − q)."""
+    slope = node(torch.ones_like(g if h is None else h))
+    p = widened(node._saved_log_probs).exp()
+    q = p - slope
+    return curved(
+        None if h is None else h.unsqueeze(-1), slope, None if g is None else g.unsqueeze(-1), p - p * p - q + q * q
+    )

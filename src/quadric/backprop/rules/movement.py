@@ -6,13 +6,15 @@ diagonal Jacobian is its own transpose, so that backward twice is its square.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from quadric.backprop import saved
 from quadric.backprop.registry import UnsupportedOperation, linear
-from quadric.backprop.saved import axis, wanted, widened
+from quadric.backprop.saved import wanted, widened
 
 MOVES = (
     "AdaptiveMaxPool2D AdaptiveMaxPool3D Alias AsStrided BlockDiag Cat Ceil ChannelShuffle Clamp ClampMax ClampMin "
@@ -120,18 +122,16 @@ def lerp(node: Any, h: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @linear("AminmaxBackward0")
-def extremes(node: Any, h: Any) -> Tensor | None:
+def extremes(node: Any, h: tuple[Tensor | None, Tensor | None]) -> Tensor | None:
     """The least and the largest, each shared evenly among equals."""
-    total = None
-    for place, part in enumerate(h):
-        if part is not None:
-            parts = [None, None]
-            parts[place] = torch.ones_like(part)
-            slope = node(*parts)
-            parts[place] = part
-            below = slope * node(*parts)
-            total = below if total is None else total + below
-    return total
+    least, largest = h
+    below = None
+    if least is not None:
+        below = node(torch.ones_like(least), None) * node(least, None)
+    if largest is not None:
+        above = node(None, torch.ones_like(largest)) * node(None, largest)
+        below = above if below is None else below + above
+    return below
 
 
 @linear("ScatterReduceBackward0", "IndexReduceBackward0", note="amax, amin, prod, sum and mean")
@@ -141,7 +141,7 @@ def reduce_into(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
     if of_target is not None:
         of_target = of_target.square() * h
     if of_source is not None:
-        dim, index = axis(node._saved_dim), node._saved_index
+        dim, index = saved.axis(node._saved_dim), node._saved_index
         arrived = h.gather(dim, index) if "Scatter" in node.name() else h.index_select(dim, index)
         of_source = of_source.square() * arrived
     return of_target, of_source
@@ -149,22 +149,23 @@ def reduce_into(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
 
 @linear("EmbeddingBagBackward0")
 def embedding_bag(node: Any, h: Any) -> tuple[Tensor | None, Tensor | None]:
-    """Sums, means or largest of rows; with weights, the square of each for the other."""
+    """Sums, means or largest of rows: the square of what a row weighs in a bag, where it may stand more than once."""
     h = h[0] if type(h) is tuple else h
-    weights = node._saved_per_sample_weights
-    if weights is None:
-        if node._saved_mode == 1:  # a mean: backward divides by the size of the bag once, and so do we
-            h = h / node._saved_result2.clamp_min(1).to(h.dtype).unsqueeze(1)
+    if node._saved_mode == 2:  # the largest
         return node(h)[0], None
-    indices, rows = node._saved_indices, node._saved_weight
-    places = torch.arange(len(indices), device=h.device)
-    bags = torch.searchsorted(node._saved_offsets, places, right=True) - 1
-    counted = (indices != axis(node._saved_padding_idx)).to(h.dtype)
-    arrived = h[bags] * counted.unsqueeze(1)
-    of_weights = None if rows is None else (arrived * widened(rows)[indices].square()).sum(1)
-    of_rows = h.new_zeros(node._saved_weight_sym_argsize_0, h.shape[1])
-    of_rows.index_add_(0, indices, arrived * widened(weights).square().unsqueeze(1))
-    return of_rows, of_weights
+    indices, rows, weights = node._saved_indices, node._saved_weight, node._saved_per_sample_weights
+    bags = torch.searchsorted(node._saved_offsets, torch.arange(len(indices), device=h.device), right=True) - 1
+    counted = (indices != saved.axis(node._saved_padding_idx)).to(h.dtype)
+    shares = counted if weights is None else counted * weights
+    if node._saved_mode == 1:  # a mean
+        shares = shares / node._saved_result2.clamp_min(1)[bags]
+    shape = (node._saved_weight_sym_argsize_0, len(h))
+    sparse = functools.partial(torch.sparse_coo_tensor, size=shape, check_invariants=False)
+    summed = sparse(torch.stack([indices, bags]), shares.to(h.dtype)).coalesce()
+    squares = sparse(summed.indices(), summed.values().square())
+    if not wanted(node)[1]:
+        return squares @ h, None
+    return squares @ h, counted * (h[bags] * widened(rows)[indices].square()).sum(1)
 
 
 # Averages over windows: an entry of the Jacobian is 0 or 1 / (the size of the window).

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quadric.backprop.registry import linear
 from quadric.backprop.saved import wanted
-from quadric.backprop.squares import square
+from quadric.backprop.squares import fresh_square, square
 
 
 def summed_square(alpha: float, h: Tensor) -> Tensor:
@@ -163,7 +163,7 @@ def convolution(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
     return torch.ops.aten.convolution_backward(
         h,
         square(node._saved_input, h) if weight else node._saved_input.to(h.dtype),
-        square(node._saved_weight, h) if below else node._saved_weight.to(h.dtype),
+        square(node._saved_weight, h, 1) if below else node._saved_weight.to(h.dtype),
         [node._saved_bias_sym_sizes_opt[0]] if bias else None,
         node._saved_stride,
         node._saved_padding,
@@ -179,7 +179,7 @@ def convolution(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
 def trilinear(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
     """The three-way product behind ``nn.Bilinear``."""
     # Multilinear: with squares in place of the operands its own backward is the rule.
-    operands = [square(getattr(node, f"_saved_i{place}"), h).detach().requires_grad_() for place in (1, 2, 3)]
+    operands = [fresh_square(getattr(node, f"_saved_i{place}"), h).requires_grad_() for place in (1, 2, 3)]
     expands = [getattr(node, f"_saved_expand{place}") for place in (1, 2, 3)]
     chosen = [place for place, want in enumerate(wanted(node)) if want]
     with torch.enable_grad():
