@@ -29,7 +29,8 @@ MAY_IMPORT = {
     "backprop.refusals": {"backprop.registry", "backprop.fallbacks"},
     "backprop.walk": BACKPROP | {"backprop.rules.__init__", "backprop.fallbacks", "backprop.refusals"},
     "methods.__init__": METHODS,
-    "__init__": CORE | METHODS | {"methods.__init__", "backprop.registry", "backprop.walk"},
+    "verify": CORE | METHODS | {"backprop.walk"},
+    "__init__": CORE | METHODS | {"methods.__init__", "backprop.registry", "backprop.walk", "verify"},
 }
 OUTSIDE = {"torch", *sys.stdlib_module_names}
 

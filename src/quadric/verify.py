@@ -148,8 +148,8 @@ class Card:
                 f"the loss is {self.loss:g} in the model's type and {self.exact_loss:g} in float64: where it draws "
                 "random numbers of its own, use fewer of them; else the type itself is too coarse here"
             )
-        if self.examples == 1:
-            found.append("the batch has one example or cannot be split: the Fisher estimates are one squared gradient")
+        if self.pieces == 1:
+            found.append("the Fisher estimates are one squared gradient: the batch is too small or cannot be split")
         elif self.pieces < self.examples:
             found.append(
                 f"the Fisher estimates are made of {self.pieces} micro-batches of the {self.examples} examples"
@@ -397,7 +397,23 @@ class _Subject:
             raise ValueError(
                 "the loss depends on none of the parameters: loss_fn has to compute it with the model it is given"
             )
+        if twice:
+            _refuse_dead_ends(found)
         return [torch.zeros_like(p) if g is None else g for p, g in zip(params, found, strict=True)]
+
+
+def _refuse_dead_ends(gradients: Iterable[Tensor | None]) -> None:
+    # What a function marked once_differentiable returns leads nowhere: torch would call its derivatives zero.
+    ahead = [g.grad_fn for g in gradients if g is not None]
+    seen = set()
+    while ahead:
+        node = ahead.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        if node.name() == "torch::autograd::Error":
+            raise RuntimeError("a function of the loss is marked once_differentiable")
+        ahead += [following for following, _ in node.next_functions]
 
 
 class _DrawnAs(TorchDispatchMode):

@@ -32,7 +32,11 @@ MARKERS = {
     "squared_gradient": ("X", True),
 }
 # What stands above a panel, where it has to be short.
-PANELS = {"gauss_newton": "Gauss–Newton form", "fisher": "Empirical Fisher", "squared_gradient": "Squared gradient"}
+PANELS: dict[str, str] = {
+    "gauss_newton": "Gauss–Newton form",
+    "fisher": "Empirical Fisher",
+    "squared_gradient": "Squared gradient",
+}
 MOST_POINTS = 400  # of a panel; more only make the page heavy
 MOST_ROWS = 40  # tensors in the picture
 
@@ -131,7 +135,7 @@ def _pictures(card: dict[str, Any]) -> dict[str, Figure]:
         cells = _cells(e)
         guesses.append(
             plots.Guess(
-                label=PANELS.get(e["key"], e["short"]),
+                label=PANELS[e["key"]] if e["key"] in PANELS else e["short"],
                 style=STYLES[e["of"]],
                 marker=marker,
                 filled=filled,
