@@ -92,6 +92,33 @@ class Ginger:
         self.theta = (1 - self.lr * self.weight_decay) * self.theta - self.lr * direction
 
 
+class AdaHesScale:
+    """The AdaHesScale optimizer of one flat parameter."""
+
+    def __init__(self, theta, *, lr, betas, eps=1e-8, clip=None, trust=None, weight_decay=0.0, maximize=False):
+        self.theta, self.m, self.v = theta.double(), *torch.zeros(2, len(theta), dtype=torch.float64)
+        self.steps, self.looks, self.update = 0, 0, None
+        self.lr, self.betas, self.eps, self.clip, self.trust = lr, betas, eps, clip, trust
+        self.weight_decay, self.sign = weight_decay, -1 if maximize else 1
+
+    def step(self, gradient, diagonal=None):
+        self.steps += 1
+        self.m = self.betas[0] * self.m + (1 - self.betas[0]) * self.sign * gradient.double()
+        if diagonal is not None:
+            self.looks += 1
+            self.v = self.betas[1] * self.v + (1 - self.betas[1]) * diagonal.double() ** 2
+        mean = self.m / (1 - self.betas[0] ** self.steps)
+        root = (self.v / (1 - self.betas[1] ** self.looks)).sqrt()
+        update = mean / (root + self.eps)
+        if self.clip is not None:
+            update = update.clamp(-self.clip, self.clip)
+        self.update = self.lr * update
+        if self.trust is not None:
+            curved = float((root * self.update**2).sum())
+            self.update = self.update * min(1.0, (2 * self.trust / curved) ** 0.5)
+        self.theta = (1 - self.lr * self.weight_decay) * self.theta - self.update
+
+
 def block_means(matrix, labels):
     """Each off-diagonal block replaced by its mean, each diagonal block by its mean diagonal and mean off-diagonal."""
     matrix, out = matrix.double(), torch.zeros_like(matrix, dtype=torch.float64)
@@ -133,3 +160,17 @@ class BlockMeanAdaGrad:
         mean = block_means(self.total if self.decay is None else self.total / count, self.labels)
         direction = dense_power(mean + damping * torch.eye(len(gradient), dtype=torch.float64), -0.5) @ gradient
         self.theta = (1 - self.lr * self.weight_decay) * self.theta - self.lr * direction
+
+
+def hessian_diagonal(loss, params):
+    """``∂²L/∂θ_i²`` for every coordinate of every parameter: one more backward pass for each."""
+    gradients = torch.autograd.grad(loss, params, create_graph=True, materialize_grads=True)
+    diagonals = []
+    for param, gradient in zip(params, gradients, strict=True):
+        diagonal = torch.zeros_like(param)
+        if gradient.requires_grad:
+            for i, entry in enumerate(gradient.flatten().unbind()):
+                row = torch.autograd.grad(entry, param, retain_graph=True, materialize_grads=True)[0]
+                diagonal.view(-1)[i] = row.flatten()[i]
+        diagonals.append(diagonal)
+    return tuple(diagonals)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from quadric import BlockMeanSum, Curvature, GradientWindow, HeaviestDirections, PSDMatrix
+from quadric import BlockMeanSum, Curvature, GradientWindow, HeaviestDirections, HessianDiagonal, PSDMatrix
 from quadric.curvature import damping_at
 
 DIM = 10
@@ -21,6 +21,7 @@ ESTIMATES = {
     "heaviest-blocks": lambda damping=0.1: HeaviestDirections(DIM, 2, 0.9, damping, sizes=[7, 1, 2]),
     "block-means": lambda damping=0.1: BlockMeanSum(LABELS, damping=damping),
     "block-means-decayed": lambda damping=0.1: BlockMeanSum(LABELS, decay=0.9, damping=damping),
+    "hessian-diagonal": lambda damping=0.1: HessianDiagonal(DIM, 0.9, damping),
 }
 
 
@@ -175,7 +176,10 @@ def test_moves_with_the_module_that_holds_it(make):
     assert all(buffer.device.type == "meta" for buffer in holder.buffers())
 
 
-@pytest.mark.parametrize("build", [lambda d: GradientWindow(d, 3, 0.1), lambda d: HeaviestDirections(d, 2, 0.9, 0.1)])
+@pytest.mark.parametrize(
+    "build",
+    [lambda d: GradientWindow(d, 3, 0.1), lambda d: HeaviestDirections(d, 2, 0.9, 0.1), lambda d: HessianDiagonal(d)],
+)
 def test_no_coordinates(build):
     with pytest.raises(ValueError, match=r"dim must be at least 1, got 0: .+"):
         build(0)
@@ -190,6 +194,7 @@ def test_no_coordinates(build):
         (lambda: HeaviestDirections(3, 1, 1.0, 0.1), r"decay.*got 1\.0"),
         (lambda: HeaviestDirections(3, 1, 0.9, 0.1, sizes=[1, 1]), r"sizes.*got \[1, 1\]"),
         (lambda: BlockMeanSum(LABELS, decay=-0.1), r"decay.*got -0\.1"),
+        (lambda: HessianDiagonal(3, decay=1.0), r"decay.*got 1\.0"),
     ],
 )
 def test_bad_arguments_are_refused_with_their_value(build, shown):
