@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["axes", "axis", "wanted", "widened"]
+__all__ = ["axes", "axis", "first", "wanted", "widened"]
 
 
 def widened(x: Tensor) -> Tensor:
@@ -25,6 +25,11 @@ def axes(numbers: Any) -> list[int]:
     if numbers is None:
         return []
     return [axis(numbers)] if isinstance(numbers, int) else [axis(number) for number in numbers]
+
+
+def first(part: Any) -> Any:
+    """The g or h of the first output, of a node that may have several."""
+    return part[0] if type(part) is tuple else part
 
 
 def wanted(node: Any) -> list[bool]:

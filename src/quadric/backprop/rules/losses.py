@@ -10,7 +10,7 @@ from torch import Tensor
 from quadric.backprop.registry import linear, rule
 from quadric.backprop.rules.elementwise import curved
 from quadric.backprop.rules.movement import overloads
-from quadric.backprop.saved import widened
+from quadric.backprop.saved import first, widened
 
 MEAN = 1  # torch's number for reduction="mean"
 
@@ -23,7 +23,7 @@ def share(node: Any, count: int) -> float:
 @linear(*overloads("NllLoss", "NllLoss2D"))
 def negative_log_likelihood(node: Any, h: Any) -> Tensor:
     """Linear, with one weight for each row: backward gives it, and it times h."""
-    h = h[0] if type(h) is tuple else h
+    h = first(h)
     return node(torch.ones_like(h)) * node(h)
 
 

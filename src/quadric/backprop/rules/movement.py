@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quadric.backprop import saved
 from quadric.backprop.registry import UnsupportedOperation, linear
-from quadric.backprop.saved import wanted, widened
+from quadric.backprop.saved import first, wanted, widened
 
 MOVES = (
     "AdaptiveMaxPool2D AdaptiveMaxPool3D Alias AsStrided BlockDiag Cat Ceil ChannelShuffle Clamp ClampMax ClampMin "
@@ -46,7 +46,7 @@ def move(node: Any, h: Any) -> Any:
 @linear(*overloads("Deg2Rad", "LeakyRelu", "NativeDropout", "Neg", "Rad2Deg", "RreluWithNoise"))
 def scale(node: Any, h: Any) -> Any:
     """The Jacobian is diagonal and symmetric in its use: J applied twice."""
-    return node(node(h[0] if type(h) is tuple else h))
+    return node(node(first(h)))
 
 
 @linear("CopysignBackward0", "CopysignBackward1")
@@ -150,7 +150,7 @@ def reduce_into(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
 @linear("EmbeddingBagBackward0")
 def embedding_bag(node: Any, h: Any) -> tuple[Tensor | None, Tensor | None]:
     """Sums, means or largest of rows: the square of what a row weighs in a bag, where it may stand more than once."""
-    h = h[0] if type(h) is tuple else h
+    h = first(h)
     if node._saved_mode == 2:  # the largest
         return node(h)[0], None
     indices, rows, weights = node._saved_indices, node._saved_weight, node._saved_per_sample_weights

@@ -17,19 +17,19 @@ def softmax(node: Any, g: Any, h: Any) -> Any:
     return through_softmax(widened(node._saved_result), g, h, axis(node._saved_dim))
 
 
-def through_softmax(p: Tensor, g: Any, h: Any, dim: int) -> Any:
-    """H p² (1 − 2p) + p² Σ h p²  +  g p (1 − p)(1 − 2p) …, collected by the powers of p."""
-    square, twist = p * p, 1 - 2 * p
-    total = None
-    if h is not None:
-        inner = h * square
-        total = torch.addcmul(inner * twist, square, inner.sum(dim, keepdim=True))
-    if g is not None:
-        # g p (1 − 2p) + p² Σ g p − p (1 − p) Σ g p
-        inner = g * p
-        bent = twist * (inner - p * inner.sum(dim, keepdim=True))
-        total = bent if total is None else total.add_(bent)
-    return total
+def through_softmax(p: Tensor, g: Any, h: Any, dim: int, slope: Any = None) -> Any:
+    """(1 − 2p)(t − p G) + p² S with t = p (h p + g), G = Σ g p and S = Σ h p²; ``slope`` is G where it is known."""
+    if g is None:
+        t = (h * p).mul_(p)
+        total = t.sum(dim, keepdim=True)
+    else:
+        if slope is None:
+            slope = (g * p).sum(dim, keepdim=True)
+        t = g * p if h is None else (h * p).add_(g).mul_(p)
+        total = None if h is None else t.sum(dim, keepdim=True).sub_(slope)
+        t.addcmul_(p, slope, value=-1)
+    inner = t * -2 if total is None else (p * total).sub_(t, alpha=2)
+    return t.addcmul_(p, inner)
 
 
 @rule("LogSoftmaxBackward0")
