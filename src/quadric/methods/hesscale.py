@@ -18,12 +18,20 @@ region is the step-size scaling of its sequel on reinforcement learning, ICML 20
 from __future__ import annotations
 
 import math
+import weakref
+from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, _foreach_addcmul_, _foreach_lerp_, _foreach_mul_  # pyright: ignore[reportPrivateImportUsage]
+from torch import (
+    Tensor,
+    _foreach_addcmul_,  # pyright: ignore[reportPrivateImportUsage]
+    _foreach_lerp_,  # pyright: ignore[reportPrivateImportUsage]
+    _foreach_mul_,  # pyright: ignore[reportPrivateImportUsage]
+    _foreach_norm,  # pyright: ignore[reportPrivateImportUsage]
+)
 
 from quadric.backprop.walk import Walk
 from quadric.curvature import Curvature, Schedule
@@ -228,13 +236,19 @@ class AdaHesScale(CurvatureOptimizer):
         for k, group in enumerate(self.param_groups):
             settings.setdefault((group["gauss_newton"], group["dtype"]), []).extend(self._due(k))
         walks = []
-        for (gauss_newton, dtype), places in settings.items():
-            if places:
-                params = [self.param_groups[k]["params"][i] for k, i in places]
-                walk = Walk(loss, params, gauss_newton=gauss_newton, dtype=dtype)
-                walk.take = partial(self._take, walk, places)
-                walk.keep_apart(other for other, _ in self._walks)  # and not those of other settings of this loss
-                walks.append((walk, places))
+        try:
+            for (gauss_newton, dtype), places in settings.items():
+                if places:
+                    params = [self.param_groups[k]["params"][i] for k, i in places]
+                    walk = Walk(loss, params, gauss_newton=gauss_newton, dtype=dtype)
+                    walks.append((walk, places))
+                    walk.take = partial(self._take, walk, places)
+                    walk.keep_apart(other for other, _ in self._walks)  # and not those of other settings of this loss
+                    for rival in filter(None, (ref() for ref in walk.rivals)):  # whichever of them begins first
+                        rival.rivals.append(weakref.ref(walk))
+        except BaseException:
+            self._drop(walks)
+            raise
         self._walks += walks
 
     def _due(self, place: int) -> list[tuple[int, int]]:
@@ -318,15 +332,19 @@ class AdaHesScale(CurvatureOptimizer):
                         f"parameter {i} of group {k} has a gradient but no Hessian diagonal was collected: call "
                         "optimizer.backward(loss) in place of loss.backward(), or optimizer.attach(loss) before it"
                     )
-        found = {place: h for place, h in self._collected.items() if h is not None}
-        # All of them are launched before the first is waited for. The squares must be finite too.
-        sizes = [torch.linalg.vector_norm(h, math.inf) for h in found.values()]
-        squares = [size.square() for size in sizes]
-        for (k, i), size, square in zip(found, sizes, squares, strict=True):
-            if not math.isfinite(square):
+        kinds: dict[tuple, dict[tuple[int, int], Tensor]] = defaultdict(dict)
+        for place, h in self._collected.items():
+            if h is not None:
+                kinds[h.device, h.dtype][place] = h
+        for found in kinds.values():
+            sizes = torch.stack(_foreach_norm(list(found.values()), math.inf))
+            wrong = ~sizes.square().isfinite()  # squares are averaged
+            if bool(wrong.any()):
+                first = int(wrong.nonzero()[0])
+                k, i = list(found)[first]
                 raise RuntimeError(
-                    f"the Hessian diagonal of parameter {i} of group {k} holds {size.item():g}; nothing was changed: "
-                    "skip this batch, lower lr, or look for the overflow in the loss"
+                    f"the Hessian diagonal of parameter {i} of group {k} holds {sizes[first].item():g}; nothing was "
+                    "changed: skip this batch, lower lr, or look for the overflow in the loss"
                 )
 
     def curvature(self, params: list[list[Tensor]], group: dict[str, Any]) -> HessianDiagonal:  # noqa: D102
