@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: race test lint bench clean
+.PHONY: race test lint bench bench-steps bench-diagonal peers clean
 
 race: .venv/installed
 	$(BIN)/quadric race $(ARGS)
@@ -17,8 +17,16 @@ lint: .venv/installed  # pyright brings its own Node.js program, from the npm re
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: .venv/installed
+bench: bench-steps bench-diagonal
+
+bench-steps: .venv/installed
 	$(BIN)/python benchmarks/step_cost.py $(ARGS)
+
+bench-diagonal: .venv/installed
+	$(BIN)/python benchmarks/hessian_diagonal.py $(ARGS)
+
+peers: .venv/installed  # other people's libraries, for the rows of bench-diagonal that need them
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt -r benchmarks/requirements.txt
 
 # torch first and alone: with its pinned release installed, nothing else pulls another build of it.
 .venv/installed: pyproject.toml constraints.txt

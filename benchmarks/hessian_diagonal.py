@@ -59,9 +59,23 @@ import quadric
 from quadric.backprop.walk import Walk
 from quadric.lab.models import GPT, ResNet20, three_c_three_d
 
-TURN = 0.03  # seconds that a turn of a fast row should last
 PATIENCE = 10.0  # seconds after which a slow row sits out the rest of the rounds
 FEWEST = 3  # rounds that also a slow row plays
+
+
+@dataclass(frozen=True)
+class Effort:
+    """How much to measure.
+
+    Args:
+        rounds: turns of each row.
+        turn: seconds that the base of a fast row should run in a turn.
+        steps: of training before the second look at the error.
+    """
+
+    rounds: int
+    turn: float
+    steps: int
 
 
 @dataclass(frozen=True)
@@ -386,15 +400,15 @@ def peak(case: Case, start: Callable[[Subject], Turn], times: int) -> int:
     return found[0]
 
 
-def measure(case: Case, rows: dict[str, Row], rounds: int, steps: int) -> dict[str, dict[str, Any]]:
+def measure(case: Case, rows: dict[str, Row], effort: Effort) -> dict[str, dict[str, Any]]:
     """Time the rows in turn beside their bases, find their peaks and errors, and print the table."""
     failed = {name: failure for name, row in rows.items() if (failure := failure_of(case, row))}
-    ratios, beside = ratios_of(case, {name: row for name, row in rows.items() if name not in failed}, rounds)
+    ratios, beside = ratios_of(case, {name: row for name, row in rows.items() if name not in failed}, effort)
     heaviest = {name: peak(case, start, 2) for name, start in BASES.items()}
     print(f"\n{case.title}")
     for name in BASES:
         print(f"  {name}: {1e3 * statistics.median(beside[name]):.2f} ms, {heaviest[name] / 2**20:.1f} MiB")
-    moments = {"error": case, f"after {steps}": trained(case, steps)} if case.entries else {}
+    moments = {"error": case, f"after {effort.steps}": trained(case, effort.steps)} if case.entries else {}
     exact = {moment: exact_entries(then) for moment, then in moments.items()}
     heads = "".join(f"{moment:>11}" for moment in moments)
     print(f"  {'':36}{'time':>7}   {'quartiles':15}{'rounds':>6}{'memory':>9}{heads}")
@@ -430,7 +444,9 @@ def failure_of(case: Case, row: Row) -> str:
     return ""
 
 
-def ratios_of(case: Case, rows: dict[str, Row], rounds: int) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
+def ratios_of(
+    case: Case, rows: dict[str, Row], effort: Effort
+) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """For each row its time over that of its base, once a round; for each base its seconds."""
     bases = {name: (subject := Subject(case), start(subject)) for name, start in BASES.items()}
     running = {name: (subject := Subject(case), row.start(subject)) for name, row in rows.items()}
@@ -440,11 +456,11 @@ def ratios_of(case: Case, rows: dict[str, Row], rounds: int) -> tuple[dict[str, 
     spent = {name: timed(*running[name], row.period) for name, row in rows.items()}
     ratios: dict[str, list[float]] = {name: [] for name in rows}
     beside: dict[str, list[float]] = {name: [] for name in bases}
-    for played in range(rounds):
+    for played in range(effort.rounds):
         for name, row in rows.items():
             if played >= FEWEST and spent[name] > PATIENCE:
                 continue
-            times = row.period * max(1, round(TURN / pace[row.base] / row.period))
+            times = row.period * max(1, round(effort.turn / pace[row.base] / row.period))
             base = timed(*bases[row.base], times)
             own = timed(*running[name], times)
             ratios[name].append(own / base)
@@ -607,7 +623,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU, float32")
-    rounds = chosen.rounds or (3 if chosen.quick else 25)
+    effort = Effort(FEWEST, 0.0, 5) if chosen.quick else Effort(25, 0.03, 100)
+    if chosen.rounds:
+        effort = dataclasses.replace(effort, rounds=chosen.rounds)
     peers = {} if chosen.ours else chain_rows(chosen.published)
     results: dict[str, Any] = {}
     for name, build in (QUICK if chosen.quick else CASES).items():
@@ -617,9 +635,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         case = build()
         rows = OURS | ({} if chosen.ours else ANYWHERE) | (peers if case.chain else {})
         rows = {key: row for key, row in rows.items() if key not in case.without}
-        results[name] = measure(case, rows, rounds, 5 if chosen.quick else 100)
+        results[name] = measure(case, rows, effort)
     if not chosen.only or "walk" in chosen.only:
-        results["walk"] = walk_overhead(rounds, 100 if chosen.quick else 500)
+        results["walk"] = walk_overhead(effort.rounds, 100 if chosen.quick else 500)
     if chosen.json:
         chosen.json.write_text(json.dumps(results, indent=1) + "\n")
 
