@@ -106,7 +106,7 @@ def test_every_entrant_trains(name):
     for _ in range(20):
         optimizer.zero_grad()
         loss = (model(x) - 3).square().mean()
-        loss.backward()
+        getattr(optimizer, "backward", torch.Tensor.backward)(loss)
         optimizer.step()
         losses.append(loss.item())
     assert losses[-1] < losses[0]

@@ -173,6 +173,16 @@ def test_text_and_regression_train():
         assert progress.history[-1]["test_metric"] < 3  # the standard deviation of y is 10
 
 
+def test_an_optimizer_with_a_backward_of_its_own_looks_at_every_loss(digits):
+    progress, _, optimizer = train.train(plan("adahesscale", epochs=1), digits, CPU)
+    assert (progress.step, progress.error) == (6, None)
+    assert int(optimizer.state_dict()["state"][0]["shared_updates"]) == 6
+    text = text_task("text", "a text", b"abcdefgh" * 500)
+    progress, _, optimizer = train.train(plan("adahesscale", model="gpt", epochs=1, batch_size=8), text, CPU)
+    assert (progress.step > 0, progress.error) == (True, None)
+    assert all(bool(state["squares"].any()) for state in optimizer.state_dict()["state"].values())
+
+
 def test_orders_and_augmentation():
     assert sorted(epoch_order(0, 1, 50).tolist()) == list(range(50))
     assert not torch.equal(epoch_order(0, 1, 50), epoch_order(0, 2, 50))

@@ -133,8 +133,8 @@ def race(
     common: Common,
     optimizers: Annotated[
         str,
-        Option(help="Who races: sgd, adamw, muon, mfac, ginger, ginger-sampled, block-mean-adagrad."),
-    ] = "sgd,adamw,muon,mfac,ginger,block-mean-adagrad",
+        Option(help="Who races: sgd, adamw, muon, mfac, ginger, ginger-sampled, adahesscale, block-mean-adagrad."),
+    ] = "sgd,adamw,muon,mfac,ginger,adahesscale,block-mean-adagrad",
     seeds: Annotated[str, Option(help="How many seeds each optimizer runs, or which: 0,1,2.")] = "5",
     seed: Annotated[int, Option(min=0, max=MAX_SEED, help="The first seed, where --seeds is a number.")] = 0,
     tune: Annotated[
@@ -188,7 +188,7 @@ def train(
     common: Common,
     optimizer: Annotated[
         str,
-        Option(help="sgd, adamw, muon, mfac, ginger, ginger-sampled or block-mean-adagrad."),
+        Option(help="sgd, adamw, muon, mfac, ginger, ginger-sampled, adahesscale or block-mean-adagrad."),
     ] = "mfac",
     lr: Annotated[float | None, Option(help="Learning rate. [default: the optimizer's]")] = None,
     seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Of parameters, order of examples and sampled labels.")] = 0,

@@ -137,6 +137,7 @@ ENTRANTS: dict[str, Entrant] = {
     "mfac": Entrant("M-FAC", True, quadric.MFAC, 1e-3, {}),
     "ginger": Entrant("Ginger", True, quadric.Ginger, 1e-3, GINGER),
     "ginger-sampled": Entrant("Ginger (sampled)", True, quadric.Ginger, 1e-3, GINGER, samples_labels=True),
+    "adahesscale": Entrant("AdaHesScale", True, quadric.AdaHesScale, 1e-3, {}),
     "block-mean-adagrad": Entrant("Block mean AdaGrad", True, quadric.BlockMeanAdaGrad, 3e-2, {}),
 }
 

@@ -168,7 +168,7 @@ def train(
                 break
             if entrant.samples_labels:
                 optimizer.observe(quadric.sampled_loss(outputs.flatten(0, -2), kind=task.labels))
-            loss.backward()
+            getattr(optimizer, "backward", Tensor.backward)(loss)  # AdaHesScale's looks at the Hessian on the way
             optimizer.step()
         except Exception as error:  # a NaN gradient, no memory left, a setting refused late: it ends this run alone
             progress.error = " ".join(f"{type(error).__name__}: {error}".split())
