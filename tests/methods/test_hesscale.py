@@ -805,7 +805,7 @@ def stepped(params, **given):
 def test_passes_over_the_parameters_a_step():
     dim = 40_000
     optimizer = stepped([nn.Parameter(torch.ones(dim))])
-    assert len(count(optimizer.step, large=dim).passes) <= 14
+    assert len(count(optimizer.step, large=dim).passes) <= 9  # and four by foreach, which are not counted
 
 
 def test_launches_do_not_grow_with_the_number_of_tensors():
