@@ -65,6 +65,9 @@ class Walk:
         self.multiple: Tensor | None = None  # of the loss that was differentiated
         self.begun: int | None = None  # the pass of autograd that h rides along with
         self.alone = False  # with a backward of its own
+        self.unseen: set[int] = set()  # nodes at which that backward stopped
+        self.later: set[int] = set()  # nodes to be passed when it is over
+        self.deferred: list[int] = []  # those of them that are ready
         self.lock = threading.Lock()  # autograd runs a thread for each device
         self.squares: dict[tuple, Tensor] = {}
         self.handles: list[Any] = []
@@ -101,35 +104,43 @@ class Walk:
                 raise unsupported(nodes[number], targets)
             self.rules[number] = entry
         self.arrived: list[dict[int, Tensor]] = [{} for _ in nodes]
+        self.missing = [0] * len(nodes)  # deliveries that a node still waits for
+        for number in passed:
+            for edge in edges[number]:
+                if edge is not None:
+                    self.missing[edge[0]] += 1
         me: weakref.ref[Walk] = weakref.ref(self)
         self.root = loss.output_nr
-        for number in passed | {0}:
+        for number in {0, *(number for number, entry in self.rules.items() if not entry.linear)}:
             self.handles.append(nodes[number].register_prehook(hook_of(me, number)))
 
     # During backward.
 
     def visit(self, number: int, gradients: tuple[Tensor | None, ...]) -> None:
-        """Take what has arrived at a node and deliver to its inputs."""
+        """Take the g of a node, and deliver h to its inputs and on through all that needs no g."""
         task = torch._C._current_graph_task_id()
-        if number == 0 and self.begun is None:
-            self._begin(task, gradients[self.root])
+        if self.begun is None and (number == 0 or self.alone):
+            self._begin(task, gradients)
         if task != self.begun:
             return  # another backward over a graph that both share
+        self.unseen.discard(number)
         try:
             self._pass(number, gradients)
         except BaseException:
             self.close()
             raise
 
-    def _begin(self, task: int, multiple: Tensor | None) -> None:
-        self.begun, self.multiple = task, multiple
+    def _begin(self, task: int, gradients: tuple[Tensor | None, ...]) -> None:
+        self.begun = task
+        if self.alone:
+            return
+        self.multiple = gradients[self.root]
         if any(rival is not None and rival.begun == task for rival in (ref() for ref in self.rivals)):
             self.close()
             raise RuntimeError(
                 "two attached losses that share a part of their graph were differentiated together: attach their sum"
             )
-        if not self.alone:
-            Variable._execution_engine.queue_callback(self.close)
+        Variable._execution_engine.queue_callback(self.close)
 
     def keep_apart(self, others: Iterable[Walk]) -> None:
         """Refuse to ride along with the same backward as another walk over a part of the same graph.
@@ -139,56 +150,69 @@ class Walk:
         mine = {self.nodes[number] for number in self.rules}
         self.rivals = [weakref.ref(o) for o in others if any(o.nodes[number] in mine for number in o.rules if o.nodes)]
 
-    def _pass(self, number: int, gradients: tuple[Tensor | None, ...]) -> None:
+    def _pass(self, number: int, gradients: tuple[Tensor | None, ...] | None) -> None:
+        ready = [number]
+        while ready:
+            here = ready.pop()
+            if here in self.later:
+                self.deferred.append(here)
+                continue
+            below = self._apply(here, gradients if here == number else None)
+            for place, edge in enumerate(self.edges[here] if here in self.rules else ()):
+                if edge is not None and self._deliver(edge, None if below is None else below[place]):
+                    ready.append(edge[0])
+
+    def _apply(self, number: int, gradients: tuple[Tensor | None, ...] | None) -> tuple[Tensor | None, ...] | None:
+        """The h of the inputs of a node, whose g may be given."""
         self._capture(number)
-        entry = self.rules.get(number)
-        if entry is None:
-            return
         node, arrived, self.arrived[number] = self.nodes[number], self.arrived[number], {}
-        if not arrived and all(g is None for g in gradients):
-            return
-        parts = [arrived.get(output) for output in range(len(gradients))]
-        for output, (g, h) in enumerate(zip(gradients, parts, strict=True)):
-            if h is not None:
-                shape = g.shape if g is not None else node._input_metadata[output].shape
-                if h.shape != shape:  # a rule may leave it to us to sum over what was broadcast
-                    parts[output] = h.sum_to_size(shape)
-        gradients = tuple(g.float() if g is not None and g.dtype in WIDER else g for g in gradients)
-        g: Any = gradients[0] if len(gradients) == 1 else gradients
-        h: Any = None if not arrived else parts[0] if len(gradients) == 1 else tuple(parts)
-        if self.gauss_newton and arrived:
-            g = None
+        known = gradients is not None and any(g is not None for g in gradients)
+        if number not in self.rules or not (arrived or known):
+            return None
+        entry, expected = self.rules[number], node._input_metadata
+        for output, h in arrived.items():
+            if h.shape != expected[output].shape:  # a rule may leave it to us to sum over what was broadcast
+                arrived[output] = h.sum_to_size(expected[output].shape)
+        g: Any = None
+        if known and not entry.linear and not (self.gauss_newton and arrived):
+            g = tuple(part.float() if part is not None and part.dtype in WIDER else part for part in gradients or ())
+        h: Any = tuple(arrived.get(output) for output in range(len(expected))) if arrived else None
+        if len(expected) == 1:
+            g, h = (part if part is None else part[0] for part in (g, h))
         if self.reused:
             with keeping(self.reused, self.squares):
                 below = entry.rule(node, g, h)
         else:
             below = entry.rule(node, g, h)
-        if below is None:
-            return
-        for edge, part in zip(self.edges[number], below if type(below) is tuple else (below,), strict=True):
-            if edge is not None and part is not None:
-                self._deliver(edge, part)
+        return below if below is None or type(below) is tuple else (below,)
 
-    def _deliver(self, edge: Edge, h: Tensor) -> None:
+    def _deliver(self, edge: Edge, h: Tensor | None) -> bool:
+        """Hand h to an input; whether that was the last it waited for and it can be passed without its g."""
         number, output = edge
         target = self.leaf.get(number)
-        dtype = self.dtype if self.dtype is not None and target is None else WIDER.get(h.dtype, h.dtype)
-        if h.dtype != dtype:
-            h = h.to(dtype)
         with self.lock:
-            if target is not None:
-                if h.shape != self.shapes[target]:
-                    h = h.sum_to_size(self.shapes[target])
-                self.take(target, h)
-                return
-            arrived = self.arrived[number]
-            before = arrived.get(output)
-            if before is not None:
-                if before.shape != h.shape:
-                    shape = self.nodes[number]._input_metadata[output].shape
-                    before, h = before.sum_to_size(shape), h.sum_to_size(shape)
-                h = before + h
-            arrived[output] = h
+            if target is None:
+                if h is not None:
+                    self._arrive(number, output, self._converted(h, self.dtype))
+                self.missing[number] -= 1
+                return not self.missing[number] and number in self.rules and self.rules[number].linear
+            if h is not None:
+                h = self._converted(h, None)
+                self.take(target, h if h.shape == self.shapes[target] else h.sum_to_size(self.shapes[target]))
+            return False
+
+    def _converted(self, h: Tensor, dtype: torch.dtype | None) -> Tensor:
+        dtype = dtype or WIDER.get(h.dtype, h.dtype)
+        return h if h.dtype == dtype else h.to(dtype)
+
+    def _arrive(self, number: int, output: int, h: Tensor) -> None:
+        before = self.arrived[number].get(output)
+        if before is not None:
+            if before.shape != h.shape:
+                shape = self.nodes[number]._input_metadata[output].shape
+                before, h = before.sum_to_size(shape), h.sum_to_size(shape)
+            h = before + h
+        self.arrived[number][output] = h
 
     def _add(self, target: int, h: Tensor) -> None:
         before = self.diagonals[target]
@@ -202,38 +226,39 @@ class Walk:
     # With a backward of its own, which forms no gradient of a target.
 
     def run(self, loss: Tensor, retain_graph: bool | None) -> None:
-        """Let autograd go only as deep as some rule needs g, then carry h the rest of the way.
+        """Let autograd go only as deep as some rule needs g.
 
         The gradients of weights are needed nowhere: that saves one product in three of a backward.
         """
         self.alone = True
-        curved = {n for n, entry in self.rules.items() if not entry.linear}
-        seeing = curved | ancestors(curved, self.users)
-        last = [n for n in seeing if not any(edge is not None and edge[0] in seeing for edge in self.edges[n])]
-        stops = [(n, GradientEdge(self.nodes[n], k)) for n in last for k in range(len(self.nodes[n]._input_metadata))]
+        curved = {number for number, entry in self.rules.items() if not entry.linear}
+        above = ancestors(curved, self.users)
+        last = curved - above
+        self.unseen = set(last)
+        self.later = self.rules.keys() - curved - above
+        # Under autograd a node computes what is asked for alone: we ask for all but what costs a product.
+        asked = last | {
+            edge[0]
+            for number in above
+            for edge in self.edges[number]
+            if edge is not None and edge[0] not in above and self.rules[number].family != "products"
+        }
+        stops = [(n, GradientEdge(self.nodes[n], k)) for n in asked for k in range(len(self.nodes[n]._input_metadata))]
         gradients: dict[int, list[Tensor | None]] = {number: [] for number in last}
         if stops:
             edges = [edge for _, edge in stops]
             found = torch.autograd.grad(loss, edges, retain_graph=retain_graph, allow_unused=True)
             for (number, _), gradient in zip(stops, found, strict=True):
-                gradients[number].append(gradient)
+                if number in gradients:
+                    gradients[number].append(gradient)
         with torch.no_grad():
-            for number in last:
-                self._pass(number, tuple(gradients.pop(number)))
-            for number in self._in_order(self.rules.keys() - seeing):
-                self._pass(number, (None,) * len(self.nodes[number]._input_metadata))
-
-    def _in_order(self, numbers: set[int]) -> list[int]:
-        """Nodes so that each stands behind its users."""
-        waiting = {n: sum(user in numbers for user in self.users[n]) for n in numbers}
-        order = [n for n, users in waiting.items() if not users]
-        for number in order:  # grows as it is read
-            for edge in self.edges[number]:
-                if edge is not None and edge[0] in waiting:
-                    waiting[edge[0]] -= 1
-                    if not waiting[edge[0]]:
-                        order.append(edge[0])
-        return order
+            if not stops:
+                self.deferred.append(0)
+            for number in self.unseen:
+                self._pass(number, tuple(gradients[number]))
+            self.later = set()
+            for number in self.deferred:
+                self._pass(number, None)
 
     # After backward.
 

@@ -28,7 +28,9 @@ def through_standardisation(
     n = math.prod(x.shape[axis] for axis in dims)
     if weight is not None:
         g, h = None if g is None else g * weight, None if h is None else h * (weight * weight)
-    a, b, c = 0.0, 0.0, 0.0
+    a: Any = 0.0
+    b: Any = 0.0
+    c: Any = 0.0
     if h is not None:
         hx = h * x
         a = h.sum(dims, keepdim=True) / n**2 if centred else 0.0
