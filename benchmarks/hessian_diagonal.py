@@ -59,7 +59,7 @@ import quadric
 from quadric.backprop.walk import Walk
 from quadric.lab.models import GPT, ResNet20, three_c_three_d
 
-PATIENCE = 10.0  # seconds after which a slow row sits out the rest of the rounds
+PATIENCE = 5.0  # seconds after which a slow row sits out the rest of the rounds
 FEWEST = 3  # rounds that also a slow row plays
 
 
