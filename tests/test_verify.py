@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import quadric
-from quadric.verify import score
+from quadric.verify import _DrawnAs, score
 
 
 def squares(model, batch):
@@ -120,6 +120,33 @@ class TestExact:
         assert card.errors["hutchinson"] == 0.0
         assert card.errors["squared_gradient"] == math.inf
         assert "∞" in str(card)
+
+
+NOISE = {
+    "rand_like": torch.rand_like,
+    "randn_like": torch.randn_like,
+    "in place": lambda x: x.clone().uniform_(2.0, 3.0),
+    "bernoulli": lambda x: torch.bernoulli(x.sigmoid()),
+    "normal": lambda x: torch.normal(x, x.exp()),
+    "multinomial": lambda x: x[torch.multinomial(x.exp(), 5)],
+    "dropout": lambda x: F.dropout(x, 0.3),
+    "fused dropout": lambda x: torch.native_dropout(x, 0.3, True)[0],
+    "all dropped": lambda x: torch.native_dropout(x, 1.0, True)[0],
+    "no noise": lambda x: x.cumsum(0),
+}
+
+
+@pytest.mark.parametrize("name", NOISE)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_noise_of_float64_is_drawn_as_another_type_draws_it(name, dtype):
+    x = torch.linspace(-1, 1, 64).to(dtype)
+    torch.manual_seed(0)
+    wanted = NOISE[name](x)
+    torch.manual_seed(0)
+    with _DrawnAs(dtype):
+        found = NOISE[name](x.double())
+    assert found.dtype == torch.float64
+    torch.testing.assert_close(found, wanted.double(), rtol=4 * torch.finfo(dtype).eps, atol=4 * torch.finfo(dtype).eps)
 
 
 class TestEstimates:

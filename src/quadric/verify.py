@@ -74,7 +74,7 @@ class Estimate:
         short: a name for narrow columns.
         of: which matrix's diagonal it estimates.
         seconds: for one evaluation, forward pass included.
-        time: the same over the seconds of one forward and backward pass.
+        time: the same over the seconds of a forward and backward pass beside it.
         score: over all tensors; an entry counts for as many as it was drawn from.
     """
 
@@ -168,12 +168,12 @@ class Card:
         )
         whole = [["estimate", "of", "error", "cosine", "rank", "time"]]
         for e in self.estimates:
-            figures = (e.score.error, e.score.cosine, e.score.rank)
-            whole.append([e.title, e.of, *map(_figure, figures), f"{_figure(e.time)}×"])
+            numbers = (e.score.error, e.score.cosine, e.score.rank)
+            whole.append([e.title, e.of, *map(figure, numbers), f"{e.time:.3g}×"])
         parts = [["error by tensor", "entries", *(e.short for e in self.estimates)]]
         for layer in self.layers:
             size = f"{len(layer.entries)}/{math.prod(layer.shape)}"
-            parts.append([layer.name, size, *(_figure(layer.scores[e.key].error) for e in self.estimates)])
+            parts.append([layer.name, size, *(figure(layer.scores[e.key].error) for e in self.estimates)])
         legend = "error: relative L1, zero has 1; rank: Spearman's; time: over forward and backward"
         return "\n".join([head, "", *_aligned(whole, 2), "", *_aligned(parts, 1), "", legend, *self.notes])
 
@@ -254,11 +254,10 @@ def verify(
         jobs = _jobs(subject, pieces, is_sum, probes, window, rank, fallback, dtype)
         drawn = {name: _draw(p.numel(), entries, f"{seed} {name}") for name, p in subject.params.items()}
         found: dict[str, dict[str, Tensor]] = {}
-        seconds, steps = {}, []
+        seconds, steps = {}, {}
         for done, (key, job) in enumerate(jobs.items()):
             tell(job.title, 0.5 * done / len(jobs))
-            diagonal, seconds[key], beside = _timed(job.run, subject.gradients, subject.devices)
-            steps += beside
+            diagonal, seconds[key], steps[key] = _timed(job.run, subject.gradients, subject.devices)
             picked = zip(names, diagonal, strict=True)
             found[key] = {name: values.flatten()[drawn[name]].double().cpu() for name, values in picked}
             del diagonal
@@ -275,7 +274,7 @@ def verify(
         for name in names
     )
     sizes = [p.numel() for p in subject.params.values()]
-    whole, step = torch.cat(list(exact.values())), statistics.median(steps)
+    whole = torch.cat(list(exact.values()))
     # An entry counts for as many as it was drawn from: the score is of the model, not of its small tensors.
     weight = torch.cat([x.new_full(x.shape, size / len(x)) for x, size in zip(exact.values(), sizes, strict=True)])
     estimates = tuple(
@@ -285,7 +284,7 @@ def verify(
             short=job.short,
             of=job.of,
             seconds=seconds[key],
-            time=seconds[key] / step,
+            time=seconds[key] / steps[key],
             score=score(torch.cat(list(found[key].values())), whole, weight),
         )
         for key, job in jobs.items()
@@ -298,7 +297,7 @@ def verify(
         parameters=sum(sizes),
         examples=_examples(batch),
         pieces=len(pieces),
-        step_seconds=step,
+        step_seconds=statistics.median(steps.values()),
         seed=seed,
     )
 
@@ -318,6 +317,20 @@ def score(estimate: Tensor, exact: Tensor, weight: Tensor | None = None) -> Scor
     return Score(error, _cosine(estimate, exact, weight), _cosine(a, b, weight))
 
 
+def figure(value: float | None) -> str:
+    """A number of a card as it is printed: three decimals, or as many digits; a dash where there is none.
+
+    Example:
+        >>> [figure(value) for value in (0.12345, -31.416, 2e-7, 1e9, float("nan"), None)]
+        ['0.123', '-31.4', '2e-07', '1e+09', '–', '–']
+    """
+    if value is None or not math.isfinite(value):
+        return "∞" if value == math.inf else "–"
+    if value and not 5e-4 <= abs(value) < 1e5:
+        return f"{value:.0e}"
+    return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"
+
+
 def _cosine(a: Tensor, b: Tensor, weight: Tensor) -> float:
     # Each over its own largest entry first: squares of second derivatives leave the range of numbers early.
     a, b = (x / x.abs().max().clamp_min(1e-300) for x in (a, b))
@@ -327,8 +340,10 @@ def _cosine(a: Tensor, b: Tensor, weight: Tensor) -> float:
 
 def _middle_ranks(values: Tensor, weight: Tensor) -> Tensor:
     # How many entries lie below each one, ties half, about the mean: what Spearman correlates.
-    _, place = values.unique(return_inverse=True)
-    at = torch.zeros(int(place.max()) + 1, dtype=weight.dtype).index_add_(0, place, weight)
+    distinct, place = values.unique(return_inverse=True)
+    if len(distinct) == 1:
+        return torch.zeros_like(weight)
+    at = weight.new_zeros(len(distinct)).index_add_(0, place, weight)
     ranks = (at.cumsum(0) - at / 2)[place]
     return ranks - weight.sum() / 2
 
@@ -381,7 +396,8 @@ class _Subject:
         """The loss of the batch, or of a piece of it, from the buffers and random numbers that there were at first."""
         with torch.no_grad():
             for buffer, before in self.buffers:
-                buffer.copy_(before)
+                if not torch.equal(buffer, before):
+                    buffer.copy_(before)
         if seeded:
             torch.default_generator.manual_seed(self.seed)
             for device in self.devices:
@@ -629,8 +645,8 @@ def _twice_differentiable() -> Iterator[None]:
 
 def _timed(
     job: Callable[[], Sequence[Tensor]], step: Callable[[], object], devices: Sequence[int]
-) -> tuple[Sequence[Tensor], float, list[float]]:
-    """What a job gives, its seconds, and those of the steps run in turn with it: a busy machine slows both alike."""
+) -> tuple[Sequence[Tensor], float, float]:
+    """What a job gives, its seconds, and those of a step run in turn with it: the best of a few, the first warms up."""
     own, beside = [], []
     while True:
         started = _now(devices)
@@ -640,7 +656,7 @@ def _timed(
         own.append(middle - started)
         beside.append(_now(devices) - middle)
         if len(own) == REPEATS or sum(own) > ENOUGH:
-            return result, statistics.median(own[1:] or own), beside[1:] or beside  # the first ones warm up
+            return result, min(own[1:] or own), min(beside[1:] or beside)
 
 
 def _now(devices: Sequence[int]) -> float:
@@ -727,12 +743,6 @@ def _pieces(subject: _Subject) -> tuple[list[Any], bool]:
 
 def _count(number: int, what: str) -> str:
     return f"{number} {what}" if number == 1 else f"{number} {what}s"
-
-
-def _figure(value: float) -> str:
-    if not math.isfinite(value):
-        return "–" if math.isnan(value) else "∞"
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}" if abs(value) < 1e6 else f"{value:.1e}"
 
 
 def _aligned(rows: Sequence[Sequence[str]], words: int) -> list[str]:

@@ -4,50 +4,17 @@ import copy
 import io
 import math
 import re
-from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import matplotlib
 import pytest
+from pages import Page
 from races import FIELD, made_up_race, short_race
 from rich.console import Console
 
 from quadric.lab import plots
 from quadric.lab.report import _curve, results_table, write_report
 from quadric.lab.standings import standings, verdict
-
-
-class Page(HTMLParser):
-    """Checks that every element is closed in order and collects what the page asks of the outside world."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.tags, self.outside, self.ids, self.words = [], [], [], [], []
-        self.feed(text)
-        self.close()
-        assert self.open == []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        for key, value in attrs:
-            if key == "id":
-                self.ids.append(value)
-            if key in ("src", "href", "srcset", "data", "action", "xlink:href") and not value.startswith(
-                ("#", "data:,")
-            ):
-                self.outside.append(value)
-        if tag not in ("meta", "link", "br"):
-            self.open.append(tag)
-
-    def handle_startendtag(self, tag, attrs):
-        self.handle_starttag(tag, attrs)
-        self.handle_endtag(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.words.append(data)
 
 
 @pytest.fixture(scope="module")

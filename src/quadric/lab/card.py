@@ -14,6 +14,7 @@ from rich.text import Text
 
 from quadric.lab import plots, report
 from quadric.lab.standings import finite, printable
+from quadric.verify import figure
 
 # What an estimate is of decides its colour in every picture, so that a Fisher matrix is not taken for a Hessian.
 STYLES = {
@@ -88,22 +89,19 @@ def verdict(card: dict[str, Any]) -> tuple[str, str]:
     """A headline and a sentence with its figures."""
     best = _closest(card)
     gradient = next(e for e in card["estimates"] if e["key"] == "squared_gradient")
+    (error, cosine), (plain_error, plain_cosine) = (
+        (_figure(e["score"]["error"]), _figure(e["score"]["cosine"])) for e in (best, gradient)
+    )
     headline = f"{best['title']} comes closest to the Hessian’s diagonal"
     sentence = (
-        f"Its relative L1 error is {figure(best['score']['error'])}, its cosine {figure(best['score']['cosine'])}, at "
-        f"{figure(best['time'])} times the price of forward and backward. The squared gradient’s error is "
-        f"{figure(gradient['score']['error'])}, its cosine {figure(gradient['score']['cosine'])}."
+        f"Its relative L1 error is {error}, its cosine {cosine}, at {best['time']:.3g} times the price of forward and "
+        f"backward. The squared gradient’s error is {plain_error}, its cosine {plain_cosine}."
     )
     return headline, sentence
 
 
-def figure(value: float | None) -> str:
-    """A number of a card in three digits or so; a dash where there is none."""
-    if value is None or not math.isfinite(value):
-        return "–"
-    if value and abs(value) < 5e-4:
-        return f"{value:.0e}".replace("e-0", "e-")
-    return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}" if abs(value) < 1e5 else f"{value:.0e}"
+def _figure(value: float | None) -> str:
+    return figure(finite(value)).replace("-", "−")
 
 
 def _closest(card: dict[str, Any]) -> dict[str, Any]:
@@ -115,8 +113,8 @@ def _or_infinite(value: float | None) -> float:
 
 
 def _cells(estimate: dict[str, Any]) -> dict[str, str]:
-    score = {name: figure(finite(estimate["score"][name])) for name in ("error", "cosine", "rank")}
-    return {"estimate": estimate["title"], "of": estimate["of"], **score, "time": f"{figure(estimate['time'])}×"}
+    score = {name: _figure(estimate["score"][name]) for name in ("error", "cosine", "rank")}
+    return {"estimate": estimate["title"], "of": estimate["of"], **score, "time": f"{estimate['time']:.3g}×"}
 
 
 def _pictures(card: dict[str, Any]) -> dict[str, Figure]:
@@ -219,7 +217,7 @@ def _tensors(card: dict[str, Any]) -> str:
     body = ""
     for layer in card["layers"]:
         cells = ["×".join(map(str, layer["shape"])) or "1", len(layer["entries"])]
-        cells += [figure(finite(layer["scores"][e["key"]]["error"])) for e in card["estimates"]]
+        cells += [_figure(layer["scores"][e["key"]]["error"]) for e in card["estimates"]]
         rest = "".join(f"<td>{report.text(cell)}</td>" for cell in cells)
         body += f"<tr><th scope=row>{report.text(layer['name'])}</th>{rest}</tr>"
     table = f"<table class=small><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"

@@ -143,11 +143,11 @@ def load_weights(model: nn.Module, path: Path) -> None:
         LabError: When there are none, or they are of another network.
     """
     file = path / "model.safetensors" if path.is_dir() else path
+    if not file.exists():
+        raise LabError(f"there is no {file}; give --weights the folder or file that quadric train wrote")
     try:
         state = checkpoint.load(file)["model"] if file.suffix == ".pt" else safetensors.torch.load_file(file)
         model.load_state_dict(state)
-    except FileNotFoundError as error:
-        raise LabError(f"there is no {file}; give --weights the folder or file that quadric train wrote") from error
     except (OSError, KeyError, safetensors.SafetensorError) as error:
         raise LabError(
             f"{file} holds no parameters ({error}); give --weights a file that quadric train wrote"

@@ -359,18 +359,21 @@ def agreement(guesses: Sequence[Guess], colours: Mapping[str, Style], *, columns
 
 
 def errors(names: Sequence[str], guesses: Sequence[Guess]) -> Figure:
-    """Relative error of each estimate on each tensor, a row a tensor; errors off the axis are drawn at its ends."""
+    """Relative error of each estimate on each tensor, a row a tensor, the first estimate on top of the others.
+
+    Errors off the axis are drawn at its ends.
+    """
     low, high = 1e-3, 1e2
     figure = Figure((_WIDTH, 1.4 + 0.24 * len(names)), layout="constrained")
     axes = figure.subplots()
     axes.set_xscale("log")
     axes.axvline(1, color=MUTED, lw=0.9, ls=(0, (2, 2)), zorder=1)
-    for guess in guesses:
+    for place, guess in enumerate(guesses):
         shown = [(min(max(e, low), high), float(row)) for row, e in enumerate(guess.errors) if e is not None]
         colour = guess.style.colour
         axes.plot(
             *_columns(shown), guess.marker, color=colour, mfc=colour if guess.filled else "none", mec=colour, ms=5.5,
-            mew=1.2, alpha=0.85, clip_on=False, label=guess.label, zorder=3 if guess.filled else 2,
+            mew=1.2, alpha=0.85, clip_on=False, label=guess.label, zorder=3 - place / len(guesses),
         )  # fmt: skip
     _dress(axes, "", "")
     _log_ticks(axes.xaxis, low, high)
