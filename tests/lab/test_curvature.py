@@ -290,10 +290,29 @@ def test_bad_values_are_one_line_and_status_2(quadric, tmp_path, words, message)
     assert {path.name for path in tmp_path.iterdir()} - {"__pycache__"} == {"mine.py", "broken.py"}
 
 
-def test_an_interruption_is_one_line(quadric, monkeypatch):
+@pytest.mark.parametrize(
+    ("method", "error", "status", "message"),
+    [
+        ("step", KeyboardInterrupt(), 130, "quadric: interrupted before anything was saved; repeat it, perhaps with"),
+        ("say", SystemExit(1), 1, "quadric: error: who read the output has left; what was saved is in a\n"),
+        ("say", BrokenPipeError(), 1, "quadric: error: who read the output has left; what was saved is in a\n"),
+    ],
+)
+def test_an_interruption_and_a_closed_pipe_are_one_line(quadric, monkeypatch, method, error, status, message):
+    def refuse(self, *given):
+        raise error
+
+    monkeypatch.setattr(f"quadric.lab.display.Display.{method}", refuse)
+    monkeypatch.setattr("quadric.lab.cli._give_up_stdout", lambda: None)
+    given, _, err = quadric("curvature", "--model", "mine:build", *SMALL, "--out", "a")
+    assert (given, err.count("\n")) == (status, 1)
+    assert err.startswith(message)
+
+
+def test_asking_to_stop_stops(quadric, monkeypatch, tmp_path):
     monkeypatch.setattr("quadric.lab.display.Display.step", lambda self, steps, state: True)
-    status, _, err = quadric("curvature", *SMALL)
-    assert (status, err) == (130, "quadric: interrupted before anything was saved\n")
+    assert quadric("curvature", "--model", "mine:build", *SMALL)[0] == 130
+    assert not (tmp_path / "runs").exists()
 
 
 def guess(exact, values, errors=()):

@@ -301,17 +301,23 @@ def curvature(
     steps = 0 if data is None else training_steps(data, epochs)
     display = Display(console, steps + UNITS)
     words: list[str] = ctx.obj
-    with display.live():
-        if data is None:
-            subject = subject_of_user(str(model), seed, where)
-        else:
-            subject = subject_of_task(
-                data, model or data.model, batch_size=batch_size or data.batch_size, epochs=epochs, weights=weights,
-                seed=seed, device=where, display=display,
-            )  # fmt: skip
-        how = Options(probes, entries, seed, fallback.value if fallback else None, dtype.value if dtype else None)
-        results = compare(subject, how, display, command=shlex.join(["quadric", *words]))
-    write(results, folder, display)
+    try:
+        with display.live():
+            if data is None:
+                subject = subject_of_user(str(model), seed, where)
+            else:
+                subject = subject_of_task(
+                    data, model or data.model, batch_size=batch_size or data.batch_size, epochs=epochs, weights=weights,
+                    seed=seed, device=where, display=display,
+                )  # fmt: skip
+            how = Options(probes, entries, seed, fallback.value if fallback else None, dtype.value if dtype else None)
+            results = compare(subject, how, display, command=shlex.join(["quadric", *words]))
+        write(results, folder, display)
+    except KeyboardInterrupt:
+        raise LabError("interrupted before anything was saved; repeat it, perhaps with fewer --entries", 130) from None
+    except (BrokenPipeError, SystemExit):  # `quadric curvature | head`, which rich answers with SystemExit
+        _give_up_stdout()
+        raise LabError(f"who read the output has left; what was saved is in {folder}", 1) from None
 
 
 def start(
