@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,8 +12,10 @@ from torch import Tensor
 from quadric.backprop.fallbacks import FALLBACKS
 from quadric.backprop.registry import UnsupportedOperation
 
-__all__ = ["check_loss", "check_targets", "unsupported"]
+__all__ = ["HIDING", "check_finite", "check_loss", "check_targets", "unsupported"]
 
+TORCH = str(Path(torch.__file__).parent)  # whose lines tell a user nothing
+HIDING = {"CheckpointFunctionBackward"}  # nodes whose parameters are not in the graph
 REMEDIES = {
     "CheckpointFunctionBackward": "reentrant checkpointing hides its graph: use torch.utils.checkpoint with "
     "use_reentrant=False",
@@ -36,12 +39,22 @@ def check_loss(loss: Tensor, fallback: str | None, dtype: torch.dtype | None) ->
         raise ValueError(f"the loss must be a scalar, got {found}: reduce it with .mean() or .sum()")
     if not loss.dtype.is_floating_point:
         raise ValueError(f"the loss must be a real number, got {loss.dtype}: take its real part or its absolute value")
-    if loss.grad_fn is None and not loss.requires_grad:
+    if not loss.requires_grad:
         raise ValueError("the loss has no graph, got a constant: compute it from parameters that require gradients")
     if fallback is not None and fallback not in FALLBACKS:
         raise ValueError(f"fallback must be None or one of {', '.join(FALLBACKS)}, got {fallback!r}: None raises")
     if dtype is not None and not dtype.is_floating_point:
         raise ValueError(f"dtype must be a floating-point type, got {dtype}: torch.bfloat16 saves time and memory")
+
+
+def check_finite(loss: Tensor) -> None:
+    """Refuse a loss that has no derivatives.
+
+    Raises:
+        ValueError: if it is not finite.
+    """
+    if not bool(torch.isfinite(loss.detach())):
+        raise ValueError(f"the loss is {loss.item():g}: skip this batch, or look for the overflow")
 
 
 def check_targets(params: Iterable[Tensor] | Tensor) -> list[Tensor]:
@@ -64,15 +77,16 @@ def check_targets(params: Iterable[Tensor] | Tensor) -> list[Tensor]:
     return targets
 
 
-def unsupported(node: Any, targets: Sequence[Tensor]) -> UnsupportedOperation:
+def unsupported(node: Any, targets: Sequence[Tensor], remedy: str | None = None) -> UnsupportedOperation:
     """The error for a node without a rule: its name, the parameters nearest to it, its source line, the remedy."""
     name = node.name()
     places = {id(target): place for place, target in enumerate(targets)}
     near = [f"{places.get(id(leaf), 'not asked for')} of shape {tuple(leaf.shape)}" for leaf in nearest(node)]
     trace = node.metadata.get("traceback_")
-    where = "" if not trace else " at " + trace[-1].strip().replace("\n", ": ")
+    own = [entry for entry in trace or [] if TORCH not in entry.partition("\n")[0]] or trace
+    where = "" if not own else " at " + own[-1].strip().replace("\n", ": ")
     hint = "" if trace else "; torch.autograd.detect_anomaly() around the forward pass shows its source line"
-    remedy = REMEDIES.get(
+    remedy = remedy or REMEDIES.get(
         name,
         f"give a rule with quadric.register_rule({name!r}, rule), give a custom Function a static method "
         'hessian_diagonal(ctx, g, h), or pass fallback="gauss_newton" or "zero"',

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import checkpoint
 
-__all__ = ["axes", "axis", "first", "wanted", "widened"]
+__all__ = ["axes", "axis", "checkpoints", "first", "rereadable", "wanted", "widened"]
 
 
 def widened(x: Tensor) -> Tensor:
@@ -35,3 +39,40 @@ def first(part: Any) -> Any:
 def wanted(node: Any) -> list[bool]:
     """Which inputs a node has a gradient for."""
     return [below is not None for below, _ in node.next_functions]
+
+
+# Activation checkpointing lets every saved tensor be read once in a backward. We read it too, before autograd does.
+
+
+@cache
+def raw_names(kind: type) -> list[str]:
+    """The names of what a kind of node saves, not unpacked."""
+    return [name for name in dir(kind) if name.startswith("_raw_saved_")]
+
+
+def checkpoints(node: Any) -> list[Any]:
+    """What stands in for the saved tensors of a node that ``torch.utils.checkpoint`` will compute again."""
+    raws = (getattr(node, name) for name in raw_names(type(node)))
+    every = (raw for part in raws for raw in (part if isinstance(part, tuple | list) else (part,)))
+    held = (getattr(raw, "data", None) for raw in every if getattr(raw, "unpack_hook", None) is not None)
+    return [holder for holder in held if isinstance(holder, checkpoint._Holder)]
+
+
+class _Lasting(dict):
+    """Entries that are not forgotten when they have been read."""
+
+    def __setitem__(self, key: Any, value: Any) -> None:
+        if value is not None:
+            super().__setitem__(key, value)
+
+
+@contextmanager
+def rereadable(holders: Iterable[Any]) -> Iterator[None]:
+    """Let checkpointed tensors be read as often as one likes."""
+    for holder in holders:
+        holder.handles = _Lasting(holder.handles)
+    try:
+        yield
+    finally:
+        for holder in holders:
+            holder.handles = dict(holder.handles)

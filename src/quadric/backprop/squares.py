@@ -56,5 +56,8 @@ def square(x: Tensor, h: Tensor, operand: int = 0) -> Tensor:
 
 def fresh_square(x: Tensor, h: Tensor) -> Tensor:
     """x² in memory of its own."""
-    x = x.to(torch.promote_types(x.dtype, h.dtype))
+    dtype = torch.promote_types(x.dtype, h.dtype)
+    if x.ndim == 0:
+        x = x.new_ones((), dtype=dtype) * x  # what was a Python number has float32 squares otherwise
+    x = x.to(dtype)
     return (x * x).to(h.dtype)

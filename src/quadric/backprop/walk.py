@@ -14,8 +14,9 @@ from torch.autograd.graph import GradientEdge
 
 from quadric.backprop import rules as _families  # noqa: F401  (importing them registers them)
 from quadric.backprop.fallbacks import FALLBACKS
-from quadric.backprop.refusals import check_loss, check_targets, unsupported
+from quadric.backprop.refusals import HIDING, check_finite, check_loss, check_targets, unsupported
 from quadric.backprop.registry import Entry, find_rule
+from quadric.backprop.saved import checkpoints, rereadable
 from quadric.backprop.squares import keeping
 
 __all__ = ["Walk", "hessian_diagonal"]
@@ -78,6 +79,9 @@ class Walk:
 
     def _survey(self, loss: Tensor, targets: Sequence[Tensor], fallback: str | None) -> None:
         nodes, edges, users = graph_of(loss)
+        for node in nodes:
+            if node.name() in HIDING:
+                raise unsupported(node, targets)
         leaves = {id(target): place for place, target in enumerate(targets) if target.is_leaf}
         self.leaf: dict[int, int] = {}  # the target of a node that accumulates a leaf's gradient
         self.inner: dict[int, dict[int, int]] = {}  # the targets of any other node, by its outputs
@@ -97,12 +101,17 @@ class Walk:
         needed = passed | ends
         self.nodes, self.edges, self.users = nodes, edges, users
         self.rules: dict[int, Entry] = {}
+        self.checkpointed: dict[int, list[Any]] = {}
         for number in passed:
             edges[number] = [edge if edge is not None and edge[0] in needed else None for edge in edges[number]]
             entry = find_rule(nodes[number]) or FALLBACKS.get(fallback or "")
             if entry is None:
                 raise unsupported(nodes[number], targets)
             self.rules[number] = entry
+            if holders := checkpoints(nodes[number]):
+                self.checkpointed[number] = holders
+            if any(output.dtype.is_complex for output in nodes[number]._input_metadata):
+                raise unsupported(nodes[number], targets, "complex numbers have no rules: compute with real ones")
         self.arrived: list[dict[int, Tensor]] = [{} for _ in nodes]
         self.missing = [0] * len(nodes)  # deliveries that a node still waits for
         for number in passed:
@@ -111,7 +120,7 @@ class Walk:
                     self.missing[edge[0]] += 1
         me: weakref.ref[Walk] = weakref.ref(self)
         self.root = loss.output_nr
-        for number in {0, *(number for number, entry in self.rules.items() if not entry.linear)}:
+        for number in {number for number, entry in self.rules.items() if not entry.linear or not number}:
             self.handles.append(nodes[number].register_prehook(hook_of(me, number)))
 
     # During backward.
@@ -179,12 +188,18 @@ class Walk:
         h: Any = tuple(arrived.get(output) for output in range(len(expected))) if arrived else None
         if len(expected) == 1:
             g, h = (part if part is None else part[0] for part in (g, h))
-        if self.reused:
-            with keeping(self.reused, self.squares):
+        if self.reused or self.checkpointed:
+            with keeping(self.reused, self.squares), rereadable(self.checkpointed.get(number, ())):
                 below = entry.rule(node, g, h)
         else:
             below = entry.rule(node, g, h)
-        return below if below is None or type(below) is tuple else (below,)
+        below = below if below is None or type(below) is tuple else (below,)
+        if below is not None and len(below) != len(node.next_functions):
+            raise ValueError(
+                f"the rule of {node.name()} returned {len(below)} tensors for {len(node.next_functions)} inputs: "
+                "return one for each of node.next_functions, None where there is none"
+            )
+        return below
 
     def _deliver(self, edge: Edge, h: Tensor | None) -> bool:
         """Hand h to an input; whether that was the last it waited for and it can be passed without its g."""
@@ -197,7 +212,7 @@ class Walk:
                 self.missing[number] -= 1
                 return not self.missing[number] and number in self.rules and self.rules[number].linear
             if h is not None:
-                h = self._converted(h, None)
+                h = self._converted(h if h.layout == torch.strided else h.to_dense(), None)
                 self.take(target, h if h.shape == self.shapes[target] else h.sum_to_size(self.shapes[target]))
             return False
 
@@ -252,7 +267,7 @@ class Walk:
                 if number in gradients:
                     gradients[number].append(gradient)
         with torch.no_grad():
-            if not stops:
+            if self.rules and not stops:
                 self.deferred.append(0)
             for number in self.unseen:
                 self._pass(number, tuple(gradients[number]))
@@ -304,7 +319,7 @@ def hook_of(walk: weakref.ref[Walk], number: int) -> Callable[[tuple[Tensor | No
 
 def graph_of(loss: Tensor) -> tuple[list[Any], list[list[Edge | None]], list[list[int]]]:
     """The nodes behind a loss, for each what its inputs are outputs of, and for each who uses it."""
-    nodes: list[Any] = [loss.grad_fn]
+    nodes: list[Any] = [loss.grad_fn] if loss.grad_fn is not None else []
     edges: list[list[Edge | None]] = []
     users: list[list[int]] = [[]]
     numbers: dict[Any, int] = {loss.grad_fn: 0}
@@ -386,8 +401,14 @@ def hessian_diagonal(
     Paper: Elsayed and Mahmood, HesScale: Scalable Computation of Hessian Diagonals, arXiv 2210.11639.
     """
     targets = check_targets(params)
+    check_loss(loss, fallback, dtype)
+    check_finite(loss)
     unique = list({id(target): target for target in targets}.values())
     with Walk(loss, unique, gauss_newton=gauss_newton, fallback=fallback, dtype=dtype) as walk:
-        walk.run(loss, retain_graph)
+        if torch._C._current_graph_task_id() == -1:
+            walk.run(loss, retain_graph)
+        else:  # inside another backward a node computes what that one asks for, except under a backward of our own
+            walk.alone = True
+            torch.autograd.grad(loss, unique, retain_graph=retain_graph, allow_unused=True)
     found = {id(target): h for target, h in zip(unique, walk.finished(unique), strict=True)}
     return tuple(found[id(target)] for target in targets)

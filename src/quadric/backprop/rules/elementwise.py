@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 
-from quadric.backprop.registry import Rule, linear, rule
+from quadric.backprop.registry import Rule, UnsupportedOperation, linear, rule
 from quadric.backprop.saved import axis, wanted, widened
 
 
@@ -381,3 +382,42 @@ def ldexp(node: Any, g: Any, h: Any) -> tuple[Tensor | None, Tensor | None]:
         return of_a, None
     slope = LN2 * widened(node._saved_result)
     return of_a, curved(h, slope, g, LN2 * slope)
+
+
+# An operation that hides what it does.
+
+
+@rule("torch::autograd::CopySlices", note="an update in place of a part of a tensor, by an elementwise operation")
+def update_in_place(node: Any, g: Any, h: Any) -> tuple[Tensor | None, ...]:
+    """f′ by backward applied to ones, f″ by double backward, for an f found to be elementwise."""
+    known = g if h is None else h
+    spots = signs_like(known)
+    slopes, found = backward_of_all(node, torch.ones_like(known)), backward_of_all(node, spots)
+    if slopes[0] is not None and not torch.allclose(found[0], slopes[0] * spots):
+        raise UnsupportedOperation(
+            f"{node.name()} updates a part of a tensor in place by an operation that is not elementwise: compute the "
+            "part apart and join the parts with torch.cat or torch.where"
+        )
+    below: list[Any] = [None] * len(slopes)
+    if h is not None:
+        below = [None if s is None else s * c for s, c in zip(slopes, backward_of_all(node, h), strict=True)]
+    if g is not None:
+        with torch.enable_grad():
+            sums = [None if part is None else part.sum() for part in backward_of_all(node, g.clone().requires_grad_())]
+        for place, (total, edge) in enumerate(zip(sums, node.next_functions, strict=True)):
+            if total is not None and edge[0] is not None:
+                (bent,) = torch.autograd.grad(total, GradientEdge(*edge), retain_graph=True, allow_unused=True)
+                if bent is not None:
+                    below[place] = bent if below[place] is None else below[place] + bent
+    return tuple(below)
+
+
+def backward_of_all(node: Any, g: Tensor) -> tuple[Any, ...]:
+    """What a node's backward gives to its inputs, however many there are."""
+    below = node(g)
+    return below if type(below) is tuple else (below,)
+
+
+def signs_like(x: Tensor) -> Tensor:
+    """+1 and −1 in an irregular order."""
+    return torch.where(torch.arange(x.numel(), device=x.device).square() % 7 < 3, 1.0, -1.0).to(x.dtype).view(x.shape)

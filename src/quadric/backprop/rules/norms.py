@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quadric.backprop.registry import rule
-from quadric.backprop.saved import first, widened
+from quadric.backprop.saved import axis, first, widened
 
 Parts = tuple[Tensor | None, Tensor | None, Tensor | None]
 
@@ -132,3 +132,25 @@ def rms_norm(node: Any, g: Any, h: Any) -> tuple[Tensor | None, Tensor | None]:
     of_weight, _ = of_affine(standard, h, list(range(last[0])), weight)
     scale = None if weight is None else widened(weight)
     return through_standardisation(standard, rstd, g, h, last, scale, centred=False), of_weight
+
+
+@rule("WeightNormInterfaceBackward0")
+def weight_norm(node: Any, g: Any, h: Any) -> tuple[Tensor, Tensor | None]:
+    """Weights s v/‖v‖ for each slice along an axis, with u = v/‖v‖ and r = s/‖v‖.
+
+    v gets r² (h (1 − 2u²) + u² Σhu²) + (r/‖v‖) ((3u² − 1) Σgu − 2gu), and s gets Σhu².
+    """
+    g, h = first(g), first(h)
+    v, s, length = widened(node._saved_v), widened(node._saved_g), widened(node._saved_result1)
+    kept = axis(node._saved_dim) % v.ndim
+    others = [place for place in range(v.ndim) if place != kept]
+    length = length.view(s.shape)
+    u, ratio = v / length, s / length
+    below, of_scale = torch.zeros_like(v), None
+    if h is not None:
+        of_scale = (h * u * u).sum(others, keepdim=True)
+        below = ratio.square() * (h * (1 - 2 * u * u) + u * u * of_scale)
+    if g is not None:
+        gu = (g * u).sum(others, keepdim=True)
+        below = below + ratio / length * ((3 * u * u - 1) * gu - 2 * g * u)
+    return below, of_scale
