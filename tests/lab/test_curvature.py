@@ -205,7 +205,7 @@ def test_a_person_s_own_model(quadric, tmp_path):
     told = results(tmp_path / "a")
     assert told["description"] == "mine:build: Sequential with 44 parameters"
     assert (told["card"]["examples"], told["card"]["seed"]) == (10, 3)
-    assert quadric("curvature", "--model", "mine:build", *SMALL)[1].endswith("runs/curvature-mine-build/report.html\n")
+    (tmp_path / "runs" / "curvature-mine-build").mkdir(parents=True)
     again = quadric("curvature", "--model", "mine:build", *SMALL)[1]
     assert again.endswith("report: runs/curvature-mine-build-2/report.html\n")
 
@@ -225,11 +225,11 @@ def test_parameters_of_a_training(quadric, tmp_path):
     assert quadric("train", "--optimizer", "sgd", *small, "--out", "t")[0] == 0
     words = ("curvature", "--model", "logistic", *SMALL)
     losses = []
-    for i, weights in enumerate(("t", "t/model.safetensors", "t/checkpoint.pt")):
+    for i, weights in enumerate(("t", "t/checkpoint.pt")):
         assert quadric(*words, "--weights", weights, "--out", f"c{i}")[0] == 0
         losses.append(results(tmp_path / f"c{i}")["card"]["loss"])
     assert quadric(*words, "--out", "fresh")[0] == 0
-    assert losses[0] == losses[1] == losses[2] < results(tmp_path / "fresh")["card"]["loss"]
+    assert losses[0] == losses[1] < results(tmp_path / "fresh")["card"]["loss"]
     status, _, err = quadric("curvature", "--model", "mlp", *SMALL, "--weights", "t")
     assert (status, err.count("\n")) == (2, 1)
     assert "the parameters in t/model.safetensors are of another network" in err
