@@ -170,7 +170,7 @@ def _page(results: dict[str, Any], pictures: dict[str, str]) -> str:
 </section>
 <section>
 <h2>Tensor by tensor</h2>
-<div class="plots">{report.picture(pictures, "error_by_tensor", f"{which}, in the model’s order from top to bottom.")}
+<div class="plots">{report.picture(pictures, "error_by_tensor", f"{which}, in the model’s order from top to bottom. Marks at the ends of the axis lie beyond it.")}
 </div>
 <details><summary>Errors as numbers</summary>{_tensors(card)}</details>
 </section>
