@@ -157,6 +157,7 @@ def _page(results: dict[str, Any], pictures: dict[str, str]) -> str:
     aside = f"<aside><strong>Before you believe it.</strong><ul>{notes}</ul></aside>" if notes else ""
     shown = min(len(card["layers"]), MOST_ROWS)
     which = "Every tensor" if shown == len(card["layers"]) else f"The {shown} largest of {len(card['layers'])} tensors"
+    where = f"{which}, in the model’s order from top to bottom. Marks at the ends of the axis lie beyond it."
     scatter = "Estimate against exact value of the entries drawn; on the line they agree. Both axes are logarithmic on "
     scatter += "either side of zero. Blue: of the Hessian; green: Gauss–Newton; orange: empirical Fisher."
     body = f"""{aside}
@@ -170,7 +171,7 @@ def _page(results: dict[str, Any], pictures: dict[str, str]) -> str:
 </section>
 <section>
 <h2>Tensor by tensor</h2>
-<div class="plots">{report.picture(pictures, "error_by_tensor", f"{which}, in the model’s order from top to bottom. Marks at the ends of the axis lie beyond it.")}
+<div class="plots">{report.picture(pictures, "error_by_tensor", where)}
 </div>
 <details><summary>Errors as numbers</summary>{_tensors(card)}</details>
 </section>
