@@ -15,6 +15,7 @@ from torch.autograd.graph import GradientEdge
 from quadric.backprop import rules as _families  # noqa: F401  (importing them registers them)
 from quadric.backprop.fallbacks import FALLBACKS
 from quadric.backprop.refusals import HIDING, check_finite, check_loss, check_targets, unsupported
+from quadric.backprop.regions import ELEMENTWISE, find_region
 from quadric.backprop.registry import Entry, find_rule
 from quadric.backprop.saved import checkpoints, rereadable
 from quadric.backprop.squares import keeping
@@ -40,8 +41,8 @@ class Walk:
         gauss_newton: leave out the second derivatives of everything below the first curved operation.
         fallback: what to do at a node without a rule: None raises, otherwise a key of ``FALLBACKS``.
         dtype: what h is carried and multiplied in; None for that of g, and float32 where g has half precision.
-        take: called with the number of a leaf among ``targets`` and a part of its h as soon as there is one; by default
-            the parts are added up in ``diagonals``.
+        take: called with the number of a leaf among ``targets``, a part of its h as soon as there is one, and the
+            multiple of the loss that it belongs to; by default the parts are added up in ``diagonals``.
 
     Raises:
         ValueError: if the loss is not a scalar with a graph, or an argument is out of range.
@@ -56,14 +57,15 @@ class Walk:
         gauss_newton: bool = False,
         fallback: str | None = None,
         dtype: torch.dtype | None = None,
-        take: Callable[[int, Tensor], None] | None = None,
+        take: Callable[[int, Tensor, Tensor | None], None] | None = None,
     ):
         check_loss(loss, fallback, dtype)
         self.gauss_newton, self.dtype = gauss_newton, dtype
         self.shapes = [target.shape for target in targets]
         self.diagonals: list[Tensor | None] = [None] * len(targets)
-        self.take = take or self._add
-        self.multiple: Tensor | None = None  # of the loss that was differentiated
+        self.take = take
+        self.whole = False  # whether the loss itself will be differentiated, and no multiple of it
+        self.multiple: Tensor | None = None  # of the loss that is differentiated
         self.begun: int | None = None  # the pass of autograd that h rides along with
         self.alone = False  # with a backward of its own
         self.unseen: set[int] = set()  # nodes at which that backward stopped
@@ -112,9 +114,10 @@ class Walk:
                 self.checkpointed[number] = holders
             if any(output.dtype.is_complex for output in nodes[number]._input_metadata):
                 raise unsupported(nodes[number], targets, "complex numbers have no rules: compute with real ones")
+        self._join_regions(ends)
         self.arrived: list[dict[int, Tensor]] = [{} for _ in nodes]
         self.missing = [0] * len(nodes)  # deliveries that a node still waits for
-        for number in passed:
+        for number in self.rules:
             for edge in edges[number]:
                 if edge is not None:
                     self.missing[edge[0]] += 1
@@ -122,6 +125,20 @@ class Walk:
         self.root = loss.output_nr
         for number in {number for number, entry in self.rules.items() if not entry.linear or not number}:
             self.handles.append(nodes[number].register_prehook(hook_of(me, number)))
+
+    def _join_regions(self, ends: set[int]) -> None:
+        meets = [n for n in self.rules if sum(edge is not None for edge in self.edges[n]) > 1]
+        for number in sorted((n for n in meets if self.nodes[n].name() in ELEMENTWISE), key=self._age):
+            if number in self.rules:  # not inside a region found already
+                region = find_region(number, self.nodes, self.edges, self.users, ends)
+                if region is not None:
+                    self.rules[number] = region.entry(self.nodes, self.edges)
+                    for inside in region.nodes[1:]:
+                        del self.rules[inside]
+                    self.edges[number] = [region.source]
+
+    def _age(self, number: int) -> int:
+        return -self.nodes[number]._sequence_nr()
 
     # During backward.
 
@@ -143,7 +160,7 @@ class Walk:
         self.begun = task
         if self.alone:
             return
-        self.multiple = gradients[self.root]
+        self.multiple = None if self.whole else gradients[self.root]
         if any(rival is not None and rival.begun == task for rival in (ref() for ref in self.rivals)):
             self.close()
             raise RuntimeError(
@@ -180,7 +197,7 @@ class Walk:
             return None
         entry, expected = self.rules[number], node._input_metadata
         for output, h in arrived.items():
-            if h.shape != expected[output].shape:  # a rule may leave it to us to sum over what was broadcast
+            if list(h.shape) != expected[output].shape:  # a rule may leave it to us to sum over what was broadcast
                 arrived[output] = h.sum_to_size(expected[output].shape)
         g: Any = None
         if known and not entry.linear and not (self.gauss_newton and arrived):
@@ -194,7 +211,7 @@ class Walk:
         else:
             below = entry.rule(node, g, h)
         below = below if below is None or type(below) is tuple else (below,)
-        if below is not None and len(below) != len(node.next_functions):
+        if below is not None and len(below) != len(self.edges[number]):
             raise ValueError(
                 f"the rule of {node.name()} returned {len(below)} tensors for {len(node.next_functions)} inputs: "
                 "return one for each of node.next_functions, None where there is none"
@@ -213,7 +230,12 @@ class Walk:
                 return not self.missing[number] and number in self.rules and self.rules[number].linear
             if h is not None:
                 h = self._converted(h if h.layout == torch.strided else h.to_dense(), None)
-                self.take(target, h if h.shape == self.shapes[target] else h.sum_to_size(self.shapes[target]))
+                h = h if h.shape == self.shapes[target] else h.sum_to_size(self.shapes[target])
+                if self.take is not None:
+                    self.take(target, h, self.multiple)
+                else:
+                    before = self.diagonals[target]
+                    self.diagonals[target] = h if before is None else before + h
             return False
 
     def _converted(self, h: Tensor, dtype: torch.dtype | None) -> Tensor:
@@ -229,10 +251,6 @@ class Walk:
             h = before + h
         self.arrived[number][output] = h
 
-    def _add(self, target: int, h: Tensor) -> None:
-        before = self.diagonals[target]
-        self.diagonals[target] = h if before is None else before + h
-
     def _capture(self, number: int) -> None:
         for output, target in self.inner.get(number, {}).items():
             if output in self.arrived[number]:
@@ -247,17 +265,22 @@ class Walk:
         """
         self.alone = True
         curved = {number for number, entry in self.rules.items() if not entry.linear}
-        above = ancestors(curved, self.users)
+        above, asked = ancestors(curved, self.users), set()
+        while True:
+            # Under autograd a node computes what is asked for alone: we ask for all but what costs a product.
+            asked = (curved - above) | {
+                edge[0]
+                for number in above & self.rules.keys()
+                for edge in self.edges[number]
+                if edge is not None and edge[0] not in above and self.rules[number].family != "products"
+            }
+            more = ancestors(asked, self.users) - above
+            if not more:
+                break
+            above |= more
         last = curved - above
         self.unseen = set(last)
         self.later = self.rules.keys() - curved - above
-        # Under autograd a node computes what is asked for alone: we ask for all but what costs a product.
-        asked = last | {
-            edge[0]
-            for number in above
-            for edge in self.edges[number]
-            if edge is not None and edge[0] not in above and self.rules[number].family != "products"
-        }
         stops = [(n, GradientEdge(self.nodes[n], k)) for n in asked for k in range(len(self.nodes[n]._input_metadata))]
         gradients: dict[int, list[Tensor | None]] = {number: [] for number in last}
         if stops:
@@ -284,13 +307,13 @@ class Walk:
         for number in self.inner:
             self._capture(number)  # autograd stops above a tensor below which it has nothing to do
         self.handles, self.nodes, self.arrived = [], [], []
-        self.inner, self.squares = {}, {}
+        self.inner, self.checkpointed, self.squares, self.take = {}, {}, {}, None
 
     def finished(self, targets: Sequence[Tensor]) -> list[Tensor]:
         """The h of each target, in its shape, and zeros where none arrived."""
         return [
             torch.zeros_like(target, dtype=WIDER.get(target.dtype)) if h is None
-            else h.sum_to_size(target.shape).to(WIDER.get(h.dtype, h.dtype)).contiguous()
+            else self._converted(h if h.shape == target.shape else h.sum_to_size(target.shape), None).contiguous()
             for h, target in zip(self.diagonals, targets, strict=True)
         ]  # fmt: skip
 

@@ -211,6 +211,8 @@ class AdaHesScale(CurvatureOptimizer):
         """
         before = len(self._walks)
         self.attach(loss)
+        for walk, _ in self._walks[before:]:
+            walk.whole = True
         try:
             loss.backward(retain_graph=retain_graph)
         except BaseException:
@@ -242,7 +244,7 @@ class AdaHesScale(CurvatureOptimizer):
                     params = [self.param_groups[k]["params"][i] for k, i in places]
                     walk = Walk(loss, params, gauss_newton=gauss_newton, dtype=dtype)
                     walks.append((walk, places))
-                    walk.take = partial(self._take, walk, places)
+                    walk.take = partial(self._take, places)
                     walk.keep_apart(other for other, _ in self._walks)  # and not those of other settings of this loss
                     for rival in filter(None, (ref() for ref in walk.rivals)):  # whichever of them begins first
                         rival.rivals.append(weakref.ref(walk))
@@ -271,16 +273,18 @@ class AdaHesScale(CurvatureOptimizer):
             walk.close()
         self._walks = [pair for pair in self._walks if pair not in walks]
 
-    def _take(self, walk: Walk, places: list[tuple[int, int]], target: int, h: Tensor) -> None:
+    def _take(self, places: list[tuple[int, int]], target: int, h: Tensor, multiple: Tensor | None) -> None:
         """Add a part of the h of a parameter to memory that is kept from step to step: fresh memory costs as much."""
-        place, multiple = places[target], walk.multiple
+        place = places[target]
         kept = self._kept.get(place)
         if kept is None or (kept.shape, kept.dtype, kept.device) != (h.shape, h.dtype, h.device):
             kept = self._kept[place] = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+        if multiple is not None:
+            h = h / multiple
         if self._collected.get(place) is None:
-            torch.div(h, multiple, out=kept)  # pyright: ignore[reportCallIssue,reportArgumentType]
+            kept.copy_(h)
         else:
-            kept.addcdiv_(h, multiple)  # pyright: ignore[reportCallIssue,reportArgumentType]
+            kept.add_(h)
         self._collected[place] = kept
 
     def _collect(self) -> None:

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quadric.backprop.registry import linear
+from quadric.backprop.registry import linear, rule
+from quadric.backprop.rules.elementwise import curved
 from quadric.backprop.saved import wanted
 from quadric.backprop.squares import fresh_square, square
 
@@ -102,24 +103,16 @@ def addr(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-@linear("DotBackward0")
-def dot(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Y = aᵀ b."""
+@rule("DotBackward0", "VdotBackward0", note="of real vectors")
+def dot(node: Any, g: Any, h: Any) -> tuple[Tensor | None, Tensor | None]:
+    """Y = aᵀ b; where a and b are one vector the slope of both together is 2a and the bend 2."""
+    a, b = node._saved_self, node._saved_tensor if hasattr(node, "_saved_tensor") else node._saved_other
+    if node.next_functions[0] == node.next_functions[1]:
+        return curved(h, 2 * a, g, torch.full_like(a, 2.0)), None
     left, right = wanted(node)
-    return (
-        h * square(node._saved_tensor, h) if left else None,
-        h * square(node._saved_self, h) if right else None,
-    )
-
-
-@linear("VdotBackward0")
-def vdot(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """Y = aᵀ b of real vectors."""
-    left, right = wanted(node)
-    return (
-        h * square(node._saved_other, h) if left else None,
-        h * square(node._saved_self, h) if right else None,
-    )
+    if h is None:
+        return None, None
+    return h * square(b, h) if left else None, h * square(a, h) if right else None
 
 
 @linear("MulBackward0")
