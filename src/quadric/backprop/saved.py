@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils import checkpoint
 
-__all__ = ["axes", "axis", "checkpoints", "first", "rereadable", "wanted", "widened"]
+__all__ = ["axes", "axis", "checkpoints", "first", "raw_names", "rereadable", "wanted", "widened"]
 
 
 def widened(x: Tensor) -> Tensor:

@@ -44,14 +44,15 @@ def square(x: Tensor, h: Tensor, operand: int = 0) -> Tensor:
         if key not in _kept.squares:
             _kept.squares[key] = fresh_square(x, h)
         return _kept.squares[key]
-    wide = x.dtype == h.dtype
-    if not wide or x.numel() < LARGE or x.device.type != "cpu" or not (x.is_contiguous() or x.mT.is_contiguous()):
+    if x.dtype != torch.promote_types(x.dtype, h.dtype) or x.numel() < LARGE or x.device.type != "cpu":
         return fresh_square(x, h)
+    if not x.is_contiguous():  # a weight is given transposed
+        return square(x.mT, h, operand).mT if x.mT.is_contiguous() else fresh_square(x, h)
     memory = _kept.scratch.get((operand, h.dtype))
     if memory is None or len(memory) < x.numel():
         with torch.inference_mode(False):  # such tensors could not be written to outside of it
             memory = _kept.scratch[operand, h.dtype] = torch.empty(x.numel(), dtype=h.dtype)
-    return torch.mul(x, x, out=memory[: x.numel()].as_strided(x.shape, x.stride()))
+    return torch.mul(x, x, out=memory[: x.numel()].view(x.shape))
 
 
 def fresh_square(x: Tensor, h: Tensor) -> Tensor:

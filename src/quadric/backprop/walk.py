@@ -17,7 +17,7 @@ from quadric.backprop.fallbacks import FALLBACKS
 from quadric.backprop.refusals import HIDING, check_finite, check_loss, check_targets, unsupported
 from quadric.backprop.regions import ELEMENTWISE, find_region
 from quadric.backprop.registry import Entry, find_rule
-from quadric.backprop.saved import checkpoints, rereadable
+from quadric.backprop.saved import checkpoints, raw_names, rereadable
 from quadric.backprop.squares import keeping
 
 __all__ = ["Walk", "hessian_diagonal"]
@@ -199,6 +199,8 @@ class Walk:
         for output, h in arrived.items():
             if list(h.shape) != expected[output].shape:  # a rule may leave it to us to sum over what was broadcast
                 arrived[output] = h.sum_to_size(expected[output].shape)
+        if self.dtype in WIDER and entry.family != "products" and (raw_names(type(node)) or not entry.linear):
+            arrived = {output: h.float() for output, h in arrived.items()}  # half precision is for products
         g: Any = None
         if known and not entry.linear and not (self.gauss_newton and arrived):
             g = tuple(part.float() if part is not None and part.dtype in WIDER else part for part in gradients or ())
@@ -229,12 +231,13 @@ class Walk:
                 self.missing[number] -= 1
                 return not self.missing[number] and number in self.rules and self.rules[number].linear
             if h is not None:
-                h = self._converted(h if h.layout == torch.strided else h.to_dense(), None)
-                h = h if h.shape == self.shapes[target] else h.sum_to_size(self.shapes[target])
+                h = h if h.layout == torch.strided else h.to_dense()
+                if h.shape != self.shapes[target]:
+                    h = self._converted(h, None).sum_to_size(self.shapes[target])
                 if self.take is not None:
                     self.take(target, h, self.multiple)
                 else:
-                    before = self.diagonals[target]
+                    before, h = self.diagonals[target], self._converted(h, None)
                     self.diagonals[target] = h if before is None else before + h
             return False
 

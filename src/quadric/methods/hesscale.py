@@ -277,8 +277,9 @@ class AdaHesScale(CurvatureOptimizer):
         """Add a part of the h of a parameter to memory that is kept from step to step: fresh memory costs as much."""
         place = places[target]
         kept = self._kept.get(place)
-        if kept is None or (kept.shape, kept.dtype, kept.device) != (h.shape, h.dtype, h.device):
-            kept = self._kept[place] = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+        dtype = torch.promote_types(h.dtype, torch.float32)
+        if kept is None or (kept.shape, kept.dtype, kept.device) != (h.shape, dtype, h.device):
+            kept = self._kept[place] = torch.empty(h.shape, dtype=dtype, device=h.device)
         if multiple is not None:
             h = h / multiple
         if self._collected.get(place) is None:
