@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: race test lint bench bench-steps bench-diagonal peers clean
+.PHONY: race test lint bench bench-steps bench-diagonal peers rules clean
 
 race: .venv/installed
 	$(BIN)/quadric race $(ARGS)
@@ -27,6 +27,9 @@ bench-diagonal: .venv/installed
 
 peers: .venv/installed  # other people's libraries, for the rows of bench-diagonal that need them
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt -r benchmarks/requirements.txt
+
+rules: .venv/installed  # docs/rules.md from the registry
+	$(BIN)/python docs/make_rules.py
 
 # torch first and alone: with its pinned release installed, nothing else pulls another build of it.
 .venv/installed: pyproject.toml constraints.txt
