@@ -8,7 +8,7 @@ import pytest
 
 PACKAGE = Path(__file__).parent.parent / "src" / "quadric"
 CORE = {"tiles", "matrix", "curvature", "optimizer"}
-BACKPROP = {"backprop.registry", "backprop.saved", "backprop.squares"}
+BACKPROP = {f"backprop.{name}" for name in ("registry", "saved", "squares", "sampling")}
 RULES = {
     f"backprop.rules.{path.stem}" for path in (PACKAGE / "backprop" / "rules").glob("*.py") if path.stem != "__init__"
 }
@@ -20,15 +20,16 @@ MAY_IMPORT = {
     "curvature": {"tiles", "matrix"},
     "optimizer": {"tiles", "matrix", "curvature"},
     **dict.fromkeys(METHODS, CORE),  # and not one another
-    "methods.hesscale": CORE | {"backprop.walk"},
+    "methods.hesscale": CORE | {"backprop.walk", "backprop.sampling"},
     "backprop.__init__": set(),
     **{room: BACKPROP - {room} for room in BACKPROP},
     **{room: BACKPROP | RULES - {room} for room in RULES},
     "backprop.rules.__init__": RULES,
     "backprop.fallbacks": {"backprop.registry"},
+    "backprop.factors": BACKPROP,
     "backprop.refusals": {"backprop.registry", "backprop.fallbacks"},
     "backprop.regions": BACKPROP | RULES,
-    "backprop.walk": BACKPROP | {"backprop.regions", "backprop.rules.__init__", "backprop.fallbacks", "backprop.refusals"},
+    "backprop.walk": BACKPROP | {"backprop.regions", "backprop.factors", "backprop.rules.__init__", "backprop.fallbacks", "backprop.refusals"},
     "methods.__init__": METHODS,
     "verify": CORE | METHODS | {"backprop.walk"},
     "__init__": CORE | METHODS | {"methods.__init__", "backprop.registry", "backprop.walk", "verify"},

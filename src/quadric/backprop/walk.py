@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,10 +14,12 @@ from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge
 
 from quadric.backprop import rules as _families  # noqa: F401  (importing them registers them)
+from quadric.backprop.factors import SoftmaxFactors
 from quadric.backprop.fallbacks import FALLBACKS
 from quadric.backprop.refusals import HIDING, check_finite, check_loss, check_targets, unsupported
 from quadric.backprop.regions import ELEMENTWISE, find_region
 from quadric.backprop.registry import Entry, find_rule
+from quadric.backprop.sampling import RowBlock, check_fraction
 from quadric.backprop.saved import checkpoints, raw_names, rereadable
 from quadric.backprop.squares import keeping
 
@@ -41,6 +44,8 @@ class Walk:
         gauss_newton: leave out the second derivatives of everything below the first curved operation.
         fallback: what to do at a node without a rule: None raises, otherwise a key of ``FALLBACKS``.
         dtype: what h is carried and multiplied in; None for that of g, and float32 where g has half precision.
+        fraction: the share of the rows of the loss whose second derivatives are carried, scaled by its inverse.
+        exact_softmax: carry the whole Hessian of a softmax cross-entropy through the product before it.
         take: called with the number of a leaf among ``targets``, a part of its h as soon as there is one, and the
             multiple of the loss that it belongs to; by default the parts are added up in ``diagonals``.
 
@@ -57,10 +62,15 @@ class Walk:
         gauss_newton: bool = False,
         fallback: str | None = None,
         dtype: torch.dtype | None = None,
+        fraction: float = 1.0,
+        exact_softmax: bool = False,
         take: Callable[[int, Tensor, Tensor | None], None] | None = None,
     ):
         check_loss(loss, fallback, dtype)
+        check_fraction(fraction)
         self.gauss_newton, self.dtype = gauss_newton, dtype
+        self.block = RowBlock(fraction) if fraction < 1 else None
+        self.factors = SoftmaxFactors() if exact_softmax else None
         self.shapes = [target.shape for target in targets]
         self.diagonals: list[Tensor | None] = [None] * len(targets)
         self.take = take
@@ -174,7 +184,10 @@ class Walk:
         There, g is that of both losses together, and neither's h could be told.
         """
         mine = {self.nodes[number] for number in self.rules}
-        self.rivals = [weakref.ref(o) for o in others if any(o.nodes[number] in mine for number in o.rules if o.nodes)]
+        for other in others:
+            if any(other.nodes[number] in mine for number in other.rules if other.nodes):
+                self.rivals.append(weakref.ref(other))
+                other.rivals.append(weakref.ref(self))  # either may begin first
 
     def _pass(self, number: int, gradients: tuple[Tensor | None, ...] | None) -> None:
         ready = [number]
@@ -207,17 +220,22 @@ class Walk:
         h: Any = tuple(arrived.get(output) for output in range(len(expected))) if arrived else None
         if len(expected) == 1:
             g, h = (part if part is None else part[0] for part in (g, h))
+            if self.block is not None and g is not None:
+                g = self.block.cut(g, h)
+        rule = entry.rule if self.block is None else partial(self.block.apply, entry.rule)
         if self.reused or self.checkpointed:
             with keeping(self.reused, self.squares), rereadable(self.checkpointed.get(number, ())):
-                below = entry.rule(node, g, h)
+                below = rule(node, g, h)
         else:
-            below = entry.rule(node, g, h)
+            below = rule(node, g, h)
         below = below if below is None or type(below) is tuple else (below,)
         if below is not None and len(below) != len(self.edges[number]):
             raise ValueError(
                 f"the rule of {node.name()} returned {len(below)} tensors for {len(node.next_functions)} inputs: "
                 "return one for each of node.next_functions, None where there is none"
             )
+        if self.factors is not None and below is not None:
+            below = self.factors.follow(number, node, self.edges[number], g, h, below)
         return below
 
     def _deliver(self, edge: Edge, h: Tensor | None) -> bool:
@@ -386,6 +404,8 @@ def hessian_diagonal(
     fallback: str | None = None,
     retain_graph: bool | None = None,
     dtype: torch.dtype | None = None,
+    fraction: float = 1.0,
+    exact_softmax: bool = False,
 ) -> tuple[Tensor, ...]:
     r"""The diagonal of a loss's Hessian by HesScale, for any eager network; compare ``torch.autograd.grad``.
 
@@ -408,6 +428,10 @@ def hessian_diagonal(
         retain_graph: keep the graph for another backward.
         dtype: what h is carried and multiplied in, such as ``torch.bfloat16``; sums over a parameter's uses stay in
             float32. None takes that of the gradient, and float32 where it has half precision.
+        fraction: 1 over a whole number: h of a random block with that share of the rows of the loss, scaled by its
+            inverse, which is unbiased. It saves time where examples do not mix, as they do in batch normalisation.
+        exact_softmax: carry the whole Hessian of a softmax cross-entropy, and not its diagonal alone, through the
+            linear layer before it, so that the inputs of that layer are exact too: one more product of that layer.
 
     Returns:
         One tensor for each of ``params``, of its shape; zeros where the loss does not depend on it.
@@ -430,7 +454,16 @@ def hessian_diagonal(
     check_loss(loss, fallback, dtype)
     check_finite(loss)
     unique = list({id(target): target for target in targets}.values())
-    with Walk(loss, unique, gauss_newton=gauss_newton, fallback=fallback, dtype=dtype) as walk:
+    walk = Walk(
+        loss,
+        unique,
+        gauss_newton=gauss_newton,
+        fallback=fallback,
+        dtype=dtype,
+        fraction=fraction,
+        exact_softmax=exact_softmax,
+    )
+    with walk:
         if torch._C._current_graph_task_id() == -1:
             walk.run(loss, retain_graph)
         else:  # inside another backward a node computes what that one asks for, except under a backward of our own

@@ -18,7 +18,6 @@ region is the step-size scaling of its sequel on reinforcement learning, ICML 20
 from __future__ import annotations
 
 import math
-import weakref
 from collections import defaultdict
 from collections.abc import Callable
 from functools import partial
@@ -33,6 +32,7 @@ from torch import (
     _foreach_norm,  # pyright: ignore[reportPrivateImportUsage]
 )
 
+from quadric.backprop.sampling import check_fraction
 from quadric.backprop.walk import Walk
 from quadric.curvature import Curvature, Schedule
 from quadric.matrix import Diagonal
@@ -40,6 +40,8 @@ from quadric.optimizer import Block, CurvatureOptimizer, require
 from quadric.tiles import Tiles
 
 __all__ = ["AdaHesScale", "HessianDiagonal"]
+
+WALK_OPTIONS = ("gauss_newton", "dtype", "fraction", "exact_softmax")
 
 
 def share_of_newest(decay: float, count: int) -> float:
@@ -129,6 +131,9 @@ class AdaHesScale(CurvatureOptimizer):
         trust: δ of the trust region, a bound of ½ uᵀ|H|u for each group, or None.
         refresh_every: steps from one look at the Hessian diagonal to the next.
         gauss_newton: leave out the second derivatives of the network, keep those of the loss.
+        dtype: what h is carried and multiplied in, such as ``torch.bfloat16``; its averages stay in float32.
+        fraction: 1 over a whole number: look at h of a random block with that share of the rows of the loss; unbiased.
+        exact_softmax: carry the whole Hessian of a softmax cross-entropy through the linear layer before it.
         weight_decay: decoupled weight decay.
         maximize: ascend instead.
 
@@ -160,6 +165,8 @@ class AdaHesScale(CurvatureOptimizer):
         refresh_every: int = 1,
         gauss_newton: bool = False,
         dtype: torch.dtype | None = None,
+        fraction: float = 1.0,
+        exact_softmax: bool = False,
         weight_decay: float = 0.0,
         maximize: bool = False,
     ):
@@ -172,6 +179,8 @@ class AdaHesScale(CurvatureOptimizer):
             "refresh_every": refresh_every,
             "gauss_newton": gauss_newton,
             "dtype": dtype,
+            "fraction": fraction,
+            "exact_softmax": exact_softmax,
             "weight_decay": weight_decay,
             "maximize": maximize,
         }
@@ -188,6 +197,7 @@ class AdaHesScale(CurvatureOptimizer):
         for name in ("clip", "trust"):
             value = group[name]
             require(value is None or value > 0, name, value, f"{name} > 0", "None turns it off")
+        check_fraction(group["fraction"])
         every = group["refresh_every"]
         require(isinstance(every, int) and every >= 1, "refresh_every", every, "a whole number ≥ 1", "10 is cheap")
 
@@ -234,23 +244,17 @@ class AdaHesScale(CurvatureOptimizer):
         Raises:
             UnsupportedOperation: if h cannot be carried through an operation of the graph; nothing is changed then.
         """
-        settings: dict[tuple, list[tuple[int, int]]] = {}
+        places_of: dict[tuple, list[tuple[int, int]]] = {}
         for k, group in enumerate(self.param_groups):
-            settings.setdefault((group["gauss_newton"], group["dtype"]), []).extend(self._due(k))
+            places_of.setdefault(tuple(group[name] for name in WALK_OPTIONS), []).extend(self._due(k))
         walks = []
-        try:
-            for (gauss_newton, dtype), places in settings.items():
-                if places:
-                    params = [self.param_groups[k]["params"][i] for k, i in places]
-                    walk = Walk(loss, params, gauss_newton=gauss_newton, dtype=dtype)
-                    walks.append((walk, places))
-                    walk.take = partial(self._take, places)
-                    walk.keep_apart(other for other, _ in self._walks)  # and not those of other settings of this loss
-                    for rival in filter(None, (ref() for ref in walk.rivals)):  # whichever of them begins first
-                        rival.rivals.append(weakref.ref(walk))
-        except BaseException:
-            self._drop(walks)
-            raise
+        for values, places in places_of.items():
+            if places:
+                params = [self.param_groups[k]["params"][i] for k, i in places]
+                walk = Walk(loss, params, **dict(zip(WALK_OPTIONS, values, strict=True)))
+                walk.take = partial(self._take, places)
+                walk.keep_apart(other for other, _ in self._walks)  # and not those of other settings of this loss
+                walks.append((walk, places))
         self._walks += walks
 
     def _due(self, place: int) -> list[tuple[int, int]]:
