@@ -20,7 +20,8 @@ MAY_IMPORT = {
     "curvature": {"tiles", "matrix"},
     "optimizer": {"tiles", "matrix", "curvature"},
     **dict.fromkeys(METHODS, CORE),  # and not one another
-    "methods.hesscale": CORE | {"backprop.walk", "backprop.sampling"},
+    "methods.hesscale": CORE | {"backprop.walk", "backprop.sampling", "distributed"},
+    "distributed": set(),
     "backprop.__init__": set(),
     **{room: BACKPROP - {room} for room in BACKPROP},
     **{room: BACKPROP | RULES - {room} for room in RULES},
@@ -29,7 +30,9 @@ MAY_IMPORT = {
     "backprop.factors": BACKPROP,
     "backprop.refusals": {"backprop.registry", "backprop.fallbacks"},
     "backprop.regions": BACKPROP | RULES,
-    "backprop.walk": BACKPROP | {"backprop.regions", "backprop.factors", "backprop.rules.__init__", "backprop.fallbacks", "backprop.refusals"},
+    "backprop.walk": BACKPROP
+    | {f"backprop.{name}" for name in ("rules.__init__", "regions", "factors", "fallbacks", "refusals")},
+    | {"backprop.regions", "backprop.factors", "backprop.rules.__init__", "backprop.fallbacks", "backprop.refusals"},
     "methods.__init__": METHODS,
     "verify": CORE | METHODS | {"backprop.walk"},
     "__init__": CORE | METHODS | {"methods.__init__", "backprop.registry", "backprop.walk", "verify"},

@@ -35,6 +35,7 @@ from torch import (
 from quadric.backprop.sampling import check_fraction
 from quadric.backprop.walk import Walk
 from quadric.curvature import Curvature, Schedule
+from quadric.distributed import alone, average_
 from quadric.matrix import Diagonal
 from quadric.optimizer import Block, CurvatureOptimizer, require
 from quadric.tiles import Tiles
@@ -119,6 +120,8 @@ class AdaHesScale(CurvatureOptimizer):
         u = \eta\, \mathrm{clip}_\rho\!\left(\frac{\hat m}{\sqrt{\hat v} + \epsilon}\right), \qquad
         \theta \leftarrow (1-\eta\,\text{wd})\,\theta - \min\!\Big(1, \sqrt{2\delta / T}\Big)\, u, \qquad
         T = \sum \sqrt{\hat v}\, u^2
+
+    Under ``torch.distributed`` h is averaged over all processes, as gradients are; each of them must take every step.
 
     Cost: about two thirds of forward and backward every ``refresh_every`` steps. Memory: 4 numbers a parameter.
 
@@ -293,12 +296,18 @@ class AdaHesScale(CurvatureOptimizer):
         self._collected[place] = kept
 
     def _collect(self) -> None:
-        """Note whose h the walks have brought, zero where nothing arrived."""
+        """Note whose h the walks have brought, zero where nothing arrived, and average it over processes."""
         for walk, places in self._walks:
             if walk.begun is not None:  # otherwise it was attached and never differentiated
                 for place in places:
                     self._collected.setdefault(place, None)
         self._drop(self._walks)
+        if not alone():  # the gradients are averages over all processes, and so must h be
+            for k, i in self._collected:
+                if self._collected[k, i] is None:
+                    p = self.param_groups[k]["params"][i]
+                    self._collected[k, i] = torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32))
+            average_([h for _, h in sorted(self._collected.items()) if h is not None])
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Forget the gradients and the Hessian diagonals collected since the last step.
