@@ -32,7 +32,6 @@ MAY_IMPORT = {
     "backprop.regions": BACKPROP | RULES,
     "backprop.walk": BACKPROP
     | {f"backprop.{name}" for name in ("rules.__init__", "regions", "factors", "fallbacks", "refusals")},
-    | {"backprop.regions", "backprop.factors", "backprop.rules.__init__", "backprop.fallbacks", "backprop.refusals"},
     "methods.__init__": METHODS,
     "verify": CORE | METHODS | {"backprop.walk"},
     "__init__": CORE | METHODS | {"methods.__init__", "backprop.registry", "backprop.walk", "verify"},
