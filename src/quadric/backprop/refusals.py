@@ -21,8 +21,6 @@ REMEDIES = {
     "use_reentrant=False",
     "CompiledFunctionBackward": "a compiled model is one opaque node: take h from the eager model, which shares its "
     'parameters, and compile the rest, or pass fallback="gauss_newton" or "zero"',
-    "MkldnnRnnLayerBackward0": "a fused kernel hides the graph of this LSTM: run the forward pass under "
-    "torch.backends.mkldnn.flags(enabled=False)",
     "CudnnRnnBackward0": "a fused kernel hides the graph of this RNN: run the forward pass under "
     "torch.backends.cudnn.flags(enabled=False)",
 }

@@ -14,6 +14,8 @@ Rule = Callable[[Any, Any, Any], Any]
 """``(node, g, h) -> h of each input``, see :func:`register_rule`; inside the library g or h may be None for zero."""
 Linear = Callable[[Any, Any], Any]
 """``(node, h) -> h of each input``, of an operation without second derivatives."""
+Expansion = Callable[[Any], tuple[Any, Any]]
+"""``node -> (outputs, inputs)``: the graph of the outputs starts from the inputs, None for one that needs no h."""
 
 
 class UnsupportedOperation(RuntimeError):
@@ -30,13 +32,15 @@ class Entry:
         exact: Whether it gives the diagonal exactly where the Hessian with respect to the node's output is diagonal.
         note: What a reader of the table of rules should know.
         linear: Whether it has no use for g.
+        expands: Whether the function writes the operation out instead: ``node -> (outputs, inputs)``.
     """
 
-    rule: Rule
+    rule: Callable[..., Any]
     family: str
     exact: bool = True
     note: str = ""
     linear: bool = False
+    expands: bool = False
 
 
 RULES: dict[str, Entry] = {}
@@ -62,6 +66,17 @@ def linear(*names: str, note: str = "") -> Callable[[Linear], Linear]:
 
         linear_rule.__module__ = function.__module__
         rule(*names, note=note, linear=True)(linear_rule)
+        return function
+
+    return register
+
+
+def expansion(*names: str, note: str = "") -> Callable[[Expansion], Expansion]:
+    """Register ``node -> (outputs, inputs)``, which computes a fused operation again by operations that have rules."""
+
+    def register(function: Expansion) -> Expansion:
+        family = function.__module__.rpartition(".")[2]
+        RULES.update(dict.fromkeys(names, Entry(function, family, exact=False, note=note, expands=True)))
         return function
 
     return register

@@ -222,13 +222,16 @@ class Walk:
             g, h = (part if part is None else part[0] for part in (g, h))
             if self.block is not None and g is not None:
                 g = self.block.cut(g, h)
-        rule = entry.rule if self.block is None else partial(self.block.apply, entry.rule)
+        rule = partial(self._written_out, entry) if entry.expands else entry.rule
+        rule = rule if self.block is None else partial(self.block.apply, rule)
+        below: Any
         if self.reused or self.checkpointed:
             with keeping(self.reused, self.squares), rereadable(self.checkpointed.get(number, ())):
                 below = rule(node, g, h)
         else:
             below = rule(node, g, h)
-        below = below if below is None or type(below) is tuple else (below,)
+        if below is not None and type(below) is not tuple:
+            below = (below,)
         if below is not None and len(below) != len(self.edges[number]):
             raise ValueError(
                 f"the rule of {node.name()} returned {len(below)} tensors for {len(node.next_functions)} inputs: "
@@ -237,6 +240,19 @@ class Walk:
         if self.factors is not None and below is not None:
             below = self.factors.follow(number, node, self.edges[number], g, h, below)
         return below
+
+    def _written_out(self, entry: Entry, node: Any, g: Any, h: Any) -> tuple[Tensor | None, ...]:
+        """Through a fused operation: y is computed again, and g y + h (y − its value)²/2 is a loss with its g and h."""
+        count = len(node._input_metadata)
+        every = [part if type(part) is tuple else (part,) * count for part in (g, h)]
+        with torch.enable_grad():
+            outputs, inputs = entry.rule(node)
+            slopes = [y * a for y, a in zip(outputs, every[0], strict=True) if a is not None]
+            bends = [(y - y.detach()) ** 2 * b / 2 for y, b in zip(outputs, every[1], strict=True) if b is not None]
+            loss = torch.stack([term.sum() for term in slopes + bends]).sum()
+        wanted = [x for x in inputs if x is not None]
+        found = iter(hessian_diagonal(loss, wanted, gauss_newton=self.gauss_newton, dtype=self.dtype))
+        return tuple(None if x is None else next(found) for x in inputs)
 
     def _deliver(self, edge: Edge, h: Tensor | None) -> bool:
         """Hand h to an input; whether that was the last it waited for and it can be passed without its g."""
