@@ -49,12 +49,13 @@ def test_a_run_whose_numbers_overflow_is_a_collapse(reinforcement_learning):
     assert reinforcement_learning.collapsed(run)
 
 
-def test_the_share_of_collapses_counts_what_was_gained_and_lost(reinforcement_learning):
+def test_a_collapse_is_a_loss_of_what_was_gained(reinforcement_learning):
     def collapsed(*returns):
         return reinforcement_learning.collapsed({"curve": list(enumerate(returns)), "diverged": None})
 
     assert collapsed(20, 500, 30)
     assert collapsed(20, 9, 9)
+    assert collapsed(-500, -500, -500)
     assert not collapsed(20, 500, 400)
     assert not collapsed(-500, -80, -90)
     assert collapsed(-500, -80, -480)
