@@ -312,6 +312,9 @@ PRODUCTS = (
         for b, right in PARTNERS.items()
     }
     | {
+        "cross": case(torch.linalg.cross, normal(4, 3), normal(4, 3)),
+        "bilinear": case(F.bilinear, normal(3, 2), normal(3, 4), normal(2, 2, 4), normal(2)),
+        "bilinear no bias": case(F.bilinear, normal(2, 3, 2), normal(2, 3, 2), normal(2, 2, 2)),
         "mm": case(torch.mm, normal(2, 3), normal(3, 4)),
         "mm transposed": case(lambda x, y: x.mT @ y.mT, normal(3, 2), normal(4, 3)),
         "mm constant": case(torch.mm, normal(2, 3), fixed(normal(3, 4))),

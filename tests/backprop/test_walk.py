@@ -1,3 +1,4 @@
+import concurrent.futures
 import contextlib
 import gc
 import threading
@@ -618,6 +619,19 @@ def test_called_inside_a_custom_backward():
     same(found, expected)
 
 
+def test_threads_over_one_kept_graph():
+    model = network()
+    params, loss = list(model.parameters()), loss_of(model)
+    expected = hessian_diagonal(loss, params, retain_graph=True)
+
+    def look(_):
+        return hessian_diagonal(loss, params, retain_graph=True)
+
+    with concurrent.futures.ThreadPoolExecutor(3) as threads:
+        for found in threads.map(look, range(60)):
+            close(found, expected)
+
+
 def test_two_threads_with_two_models():
     models = [network(seed=s) for s in range(2)]
     expected = [hessian_diagonal(loss_of(m), m.parameters()) for m in models]
@@ -1000,3 +1014,12 @@ def test_bad_options_are_refused(given):
     x = leaf(3)
     with pytest.raises(ValueError, match=r"fallback|dtype"):
         hessian_diagonal(x.exp().sum(), [x], **given)
+
+
+def test_a_region_of_mixed_types_and_the_type_of_the_result():
+    x, t = leaf(3, seed=4).detach().float().requires_grad_(), torch.rand(3, dtype=torch.float64)
+    loss = (t * F.logsigmoid(x) + (1 - t) * F.logsigmoid(-x)).sum()
+    (h,) = hessian_diagonal(loss, [x])
+    s = torch.sigmoid(x.detach())
+    assert h.dtype == torch.float32
+    torch.testing.assert_close(h, -s * (1 - s))

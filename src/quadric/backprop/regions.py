@@ -55,14 +55,15 @@ def rule_of(numbers: list[int], steps: list[tuple[Any, list]], end: Edge, source
     def backward(g: Tensor) -> Tensor:
         arrived: dict[Edge, Tensor] = {(numbers[0], 0): g}
         for number, (node, edges) in zip(numbers, steps, strict=True):
-            below = node(arrived.pop((number, 0)))
+            below = node(arrived.pop((number, 0)).to(node._input_metadata[0].dtype))  # as autograd converts it
             for edge, part in zip(edges, below if type(below) is tuple else (below,), strict=True):
                 if edge is not None and part is not None:
                     arrived[edge] = arrived[edge] + part if edge in arrived else part
         return arrived[end]
 
     def through_region(_: Any, g: Any, h: Any) -> Tensor:
-        slope = backward(torch.ones_like(g if h is None else h))
+        known = g if h is None else h
+        slope = backward(torch.ones_like(known)).to(known.dtype)
         below = None if h is None else h * slope.square()
         if g is None:
             return below  # pyright: ignore[reportReturnType]
@@ -71,6 +72,7 @@ def rule_of(numbers: list[int], steps: list[tuple[Any, list]], end: Edge, source
         (bent,) = torch.autograd.grad(total, source, retain_graph=True, allow_unused=True)
         if bent is None:
             return torch.zeros_like(slope) if below is None else below
+        bent = bent.to(known.dtype)
         return bent if below is None else below + bent
 
     return through_region

@@ -46,6 +46,7 @@ class Walk:
         dtype: what h is carried and multiplied in; None for that of g, and float32 where g has half precision.
         fraction: the share of the rows of the loss whose second derivatives are carried, scaled by its inverse.
         exact_softmax: carry the whole Hessian of a softmax cross-entropy through the product before it.
+        seed: what the backward starts from that h shall ride along with; None for the next one, whatever it starts from.
         take: called with the number of a leaf among ``targets``, a part of its h as soon as there is one, and the
             multiple of the loss that it belongs to; by default the parts are added up in ``diagonals``.
 
@@ -64,6 +65,7 @@ class Walk:
         dtype: torch.dtype | None = None,
         fraction: float = 1.0,
         exact_softmax: bool = False,
+        seed: Tensor | None = None,
         take: Callable[[int, Tensor, Tensor | None], None] | None = None,
     ):
         check_loss(loss, fallback, dtype)
@@ -73,11 +75,10 @@ class Walk:
         self.factors = SoftmaxFactors() if exact_softmax else None
         self.shapes = [target.shape for target in targets]
         self.diagonals: list[Tensor | None] = [None] * len(targets)
-        self.take = take
+        self.take, self.seed = take, seed
         self.whole = False  # whether the loss itself will be differentiated, and no multiple of it
         self.multiple: Tensor | None = None  # of the loss that is differentiated
         self.begun: int | None = None  # the pass of autograd that h rides along with
-        self.alone = False  # with a backward of its own
         self.unseen: set[int] = set()  # nodes at which that backward stopped
         self.later: set[int] = set()  # nodes to be passed when it is over
         self.deferred: list[int] = []  # those of them that are ready
@@ -155,7 +156,7 @@ class Walk:
     def visit(self, number: int, gradients: tuple[Tensor | None, ...]) -> None:
         """Take the g of a node, and deliver h to its inputs and on through all that needs no g."""
         task = torch._C._current_graph_task_id()
-        if self.begun is None and (number == 0 or self.alone):
+        if self.begun is None and number == 0:
             self._begin(task, gradients)
         if task != self.begun:
             return  # another backward over a graph that both share
@@ -167,9 +168,11 @@ class Walk:
             raise
 
     def _begin(self, task: int, gradients: tuple[Tensor | None, ...]) -> None:
-        self.begun = task
-        if self.alone:
+        if self.seed is not None:
+            if gradients[self.root] is self.seed:  # otherwise another thread's backward over the same graph
+                self.begun = task
             return
+        self.begun = task
         self.multiple = None if self.whole else gradients[self.root]
         if any(rival is not None and rival.begun == task for rival in (ref() for ref in self.rivals)):
             self.close()
@@ -300,7 +303,6 @@ class Walk:
 
         The gradients of weights are needed nowhere: that saves one product in three of a backward.
         """
-        self.alone = True
         curved = {number for number, entry in self.rules.items() if not entry.linear}
         above, asked = ancestors(curved, self.users), set()
         while True:
@@ -322,7 +324,7 @@ class Walk:
         gradients: dict[int, list[Tensor | None]] = {number: [] for number in last}
         if stops:
             edges = [edge for _, edge in stops]
-            found = torch.autograd.grad(loss, edges, retain_graph=retain_graph, allow_unused=True)
+            found = torch.autograd.grad(loss, edges, self.seed, retain_graph=retain_graph, allow_unused=True)
             for (number, _), gradient in zip(stops, found, strict=True):
                 if number in gradients:
                     gradients[number].append(gradient)
@@ -350,7 +352,9 @@ class Walk:
         """The h of each target, in its shape, and zeros where none arrived."""
         return [
             torch.zeros_like(target, dtype=WIDER.get(target.dtype)) if h is None
-            else self._converted(h if h.shape == target.shape else h.sum_to_size(target.shape), None).contiguous()
+            else self._converted(
+                h if h.shape == target.shape else h.sum_to_size(target.shape), WIDER.get(target.dtype, target.dtype)
+            ).contiguous()
             for h, target in zip(self.diagonals, targets, strict=True)
         ]  # fmt: skip
 
@@ -478,12 +482,12 @@ def hessian_diagonal(
         dtype=dtype,
         fraction=fraction,
         exact_softmax=exact_softmax,
+        seed=torch.ones_like(loss),
     )
     with walk:
         if torch._C._current_graph_task_id() == -1:
             walk.run(loss, retain_graph)
         else:  # inside another backward a node computes what that one asks for, except under a backward of our own
-            walk.alone = True
-            torch.autograd.grad(loss, unique, retain_graph=retain_graph, allow_unused=True)
+            torch.autograd.grad(loss, unique, walk.seed, retain_graph=retain_graph, allow_unused=True)
     found = {id(target): h for target, h in zip(unique, walk.finished(unique), strict=True)}
     return tuple(found[id(target)] for target in targets)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 from quadric.backprop.registry import linear, rule
 from quadric.backprop.rules.elementwise import curved
-from quadric.backprop.saved import wanted
-from quadric.backprop.squares import fresh_square, square
+from quadric.backprop.saved import axis, wanted
+from quadric.backprop.squares import square
 
 
 def summed_square(alpha: float, h: Tensor) -> Tensor:
@@ -170,13 +170,37 @@ def convolution(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
 
 @linear("TrilinearBackward0")
 def trilinear(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
-    """The three-way product behind ``nn.Bilinear``."""
-    # Multilinear: with squares in place of the operands its own backward is the rule.
-    operands = [fresh_square(getattr(node, f"_saved_i{place}"), h).requires_grad_() for place in (1, 2, 3)]
-    expands = [getattr(node, f"_saved_expand{place}") for place in (1, 2, 3)]
-    chosen = [place for place, want in enumerate(wanted(node)) if want]
-    with torch.enable_grad():
-        y = torch.ops.aten._trilinear(*operands, *expands, node._saved_sumdim)
-        found = torch.autograd.grad(y, [operands[place] for place in chosen], h)
-    by_place = dict(zip(chosen, found, strict=True))
-    return tuple(by_place.get(place) for place in range(3))
+    """Σ a b c over some axes: in one operand, the square of what the other two make summed over the axes it lacks."""
+    summed = sorted(node._saved_sumdim)
+    lacking = [sorted(getattr(node, f"_saved_expand{place}")) for place in (1, 2, 3)]
+    operands = [getattr(node, f"_saved_i{place}") for place in (1, 2, 3)]
+    for place, axes in enumerate(lacking):
+        for dim in axes if operands[place] is not None else ():  # what no other operand needs is not saved
+            operands[place] = operands[place].unsqueeze(dim)
+    for dim in summed:
+        h = h.unsqueeze(dim)
+    below: list[Tensor | None] = []
+    for place, want in enumerate(wanted(node)):
+        if not want:
+            below.append(None)
+            continue
+        one, other = operands[:place] + operands[place + 1 :]
+        inside = [dim for dim in lacking[place] if dim in summed]
+        slope = one * other
+        slope = slope.sum(inside, keepdim=True) if inside else slope
+        below.append((h * square(slope, h)).sum(lacking[place]))
+    return tuple(below)
+
+
+@linear("LinalgCrossBackward0")
+def cross(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    """A × b: each entry meets the two others of the other operand."""
+    dim = axis(node._saved_dim)
+    one, two = (h.roll(-step, dim) for step in (1, 2))
+
+    def other_operand(x: Tensor) -> Tensor:
+        x = square(x, h)
+        return x.roll(-1, dim) * two + x.roll(-2, dim) * one
+
+    left, right = wanted(node)
+    return other_operand(node._saved_other) if left else None, other_operand(node._saved_self) if right else None
