@@ -30,8 +30,9 @@ MAY_IMPORT = {
     "backprop.factors": BACKPROP,
     "backprop.refusals": {"backprop.registry", "backprop.fallbacks"},
     "backprop.regions": BACKPROP | RULES,
-    "backprop.walk": BACKPROP
-    | {f"backprop.{name}" for name in ("rules.__init__", "regions", "factors", "fallbacks", "refusals")},
+    "backprop.route": BACKPROP
+    | {f"backprop.{name}" for name in ("rules.__init__", "regions", "fallbacks", "refusals")},
+    "backprop.walk": BACKPROP | {f"backprop.{name}" for name in ("route", "factors", "refusals")},
     "methods.__init__": METHODS,
     "verify": CORE | METHODS | {"backprop.walk"},
     "__init__": CORE | METHODS | {"methods.__init__", "backprop.registry", "backprop.walk", "verify"},

@@ -13,21 +13,16 @@ from torch import Tensor
 from torch.autograd import Variable
 from torch.autograd.graph import GradientEdge
 
-from quadric.backprop import rules as _families  # noqa: F401  (importing them registers them)
 from quadric.backprop.factors import SoftmaxFactors
-from quadric.backprop.fallbacks import FALLBACKS
-from quadric.backprop.refusals import HIDING, check_finite, check_loss, check_targets, unsupported
-from quadric.backprop.regions import ELEMENTWISE, find_region
-from quadric.backprop.registry import Entry, find_rule
+from quadric.backprop.refusals import check_finite, check_loss, check_targets
+from quadric.backprop.registry import Entry
+from quadric.backprop.route import Edge, Route, ancestors
 from quadric.backprop.sampling import RowBlock, check_fraction
-from quadric.backprop.saved import checkpoints, raw_names, rereadable
+from quadric.backprop.saved import raw_names, rereadable
 from quadric.backprop.squares import keeping
 
 __all__ = ["Walk", "hessian_diagonal"]
 
-Edge = tuple[int, int]  # a node by its number, and which of its outputs
-
-LEAF = "torch::autograd::AccumulateGrad"
 WIDER = {torch.float16: torch.float32, torch.bfloat16: torch.float32}
 
 
@@ -46,7 +41,7 @@ class Walk:
         dtype: what h is carried and multiplied in; None for that of g, and float32 where g has half precision.
         fraction: the share of the rows of the loss whose second derivatives are carried, scaled by its inverse.
         exact_softmax: carry the whole Hessian of a softmax cross-entropy through the product before it.
-        seed: what the backward starts from that h shall ride along with; None for the next one, whatever it starts from.
+        seed: what the backward starts from that h shall ride along with; None for the next one, whatever that be.
         take: called with the number of a leaf among ``targets``, a part of its h as soon as there is one, and the
             multiple of the loss that it belongs to; by default the parts are added up in ``diagonals``.
 
@@ -86,70 +81,16 @@ class Walk:
         self.squares: dict[tuple, Tensor] = {}
         self.handles: list[Any] = []
         self.rivals: list[weakref.ref[Walk]] = []
-        self._survey(loss, targets, fallback)
-
-    # Before backward: which nodes lie between the loss and the targets, and what each of them delivers to.
-
-    def _survey(self, loss: Tensor, targets: Sequence[Tensor], fallback: str | None) -> None:
-        nodes, edges, users = graph_of(loss)
-        for node in nodes:
-            if node.name() in HIDING:
-                raise unsupported(node, targets)
-        leaves = {id(target): place for place, target in enumerate(targets) if target.is_leaf}
-        self.leaf: dict[int, int] = {}  # the target of a node that accumulates a leaf's gradient
-        self.inner: dict[int, dict[int, int]] = {}  # the targets of any other node, by its outputs
-        reused = set()
-        for number, node in enumerate(nodes):
-            if not edges[number] and node.name() == LEAF and id(node.variable) in leaves:
-                self.leaf[number] = leaves[id(node.variable)]
-                if len(users[number]) > 1:
-                    reused.add(node.variable.data_ptr())
-        numbers = {node: number for number, node in enumerate(nodes)} if len(leaves) < len(targets) else {}
-        for place, target in enumerate(targets):
-            if target.grad_fn in numbers:
-                self.inner.setdefault(numbers[target.grad_fn], {})[target.output_nr] = place
-        self.reused = frozenset(reused)
-        ends = {*self.leaf, *self.inner}
-        passed = ancestors(ends, users)
-        needed = passed | ends
-        self.nodes, self.edges, self.users = nodes, edges, users
-        self.rules: dict[int, Entry] = {}
-        self.checkpointed: dict[int, list[Any]] = {}
-        for number in passed:
-            edges[number] = [edge if edge is not None and edge[0] in needed else None for edge in edges[number]]
-            entry = find_rule(nodes[number]) or FALLBACKS.get(fallback or "")
-            if entry is None:
-                raise unsupported(nodes[number], targets)
-            self.rules[number] = entry
-            if holders := checkpoints(nodes[number]):
-                self.checkpointed[number] = holders
-            if any(output.dtype.is_complex for output in nodes[number]._input_metadata):
-                raise unsupported(nodes[number], targets, "complex numbers have no rules: compute with real ones")
-        self._join_regions(ends)
-        self.arrived: list[dict[int, Tensor]] = [{} for _ in nodes]
-        self.missing = [0] * len(nodes)  # deliveries that a node still waits for
-        for number in self.rules:
-            for edge in edges[number]:
+        self.route = Route(loss, targets, fallback)
+        self.arrived: list[dict[int, Tensor]] = [{} for _ in self.route.nodes]
+        self.missing = [0] * len(self.route.nodes)  # deliveries that a node still waits for
+        for number in self.route.rules:
+            for edge in self.route.edges[number]:
                 if edge is not None:
                     self.missing[edge[0]] += 1
         me: weakref.ref[Walk] = weakref.ref(self)
-        self.root = loss.output_nr
-        for number in {number for number, entry in self.rules.items() if not entry.linear or not number}:
-            self.handles.append(nodes[number].register_prehook(hook_of(me, number)))
-
-    def _join_regions(self, ends: set[int]) -> None:
-        meets = [n for n in self.rules if sum(edge is not None for edge in self.edges[n]) > 1]
-        for number in sorted((n for n in meets if self.nodes[n].name() in ELEMENTWISE), key=self._age):
-            if number in self.rules:  # not inside a region found already
-                region = find_region(number, self.nodes, self.edges, self.users, ends)
-                if region is not None:
-                    self.rules[number] = region.entry(self.nodes, self.edges)
-                    for inside in region.nodes[1:]:
-                        del self.rules[inside]
-                    self.edges[number] = [region.source]
-
-    def _age(self, number: int) -> int:
-        return -self.nodes[number]._sequence_nr()
+        for number in {number for number, entry in self.route.rules.items() if not entry.linear or not number}:
+            self.handles.append(self.route.nodes[number].register_prehook(hook_of(me, number)))
 
     # During backward.
 
@@ -169,11 +110,11 @@ class Walk:
 
     def _begin(self, task: int, gradients: tuple[Tensor | None, ...]) -> None:
         if self.seed is not None:
-            if gradients[self.root] is self.seed:  # otherwise another thread's backward over the same graph
+            if gradients[self.route.root] is self.seed:  # otherwise another thread's backward over the same graph
                 self.begun = task
             return
         self.begun = task
-        self.multiple = None if self.whole else gradients[self.root]
+        self.multiple = None if self.whole else gradients[self.route.root]
         if any(rival is not None and rival.begun == task for rival in (ref() for ref in self.rivals)):
             self.close()
             raise RuntimeError(
@@ -186,9 +127,9 @@ class Walk:
 
         There, g is that of both losses together, and neither's h could be told.
         """
-        mine = {self.nodes[number] for number in self.rules}
+        mine = {self.route.nodes[number] for number in self.route.rules}
         for other in others:
-            if any(other.nodes[number] in mine for number in other.rules if other.nodes):
+            if any(other.route.nodes[number] in mine for number in other.route.rules if other.route.nodes):
                 self.rivals.append(weakref.ref(other))
                 other.rivals.append(weakref.ref(self))  # either may begin first
 
@@ -200,18 +141,18 @@ class Walk:
                 self.deferred.append(here)
                 continue
             below = self._apply(here, gradients if here == number else None)
-            for place, edge in enumerate(self.edges[here] if here in self.rules else ()):
+            for place, edge in enumerate(self.route.edges[here] if here in self.route.rules else ()):
                 if edge is not None and self._deliver(edge, None if below is None else below[place]):
                     ready.append(edge[0])
 
     def _apply(self, number: int, gradients: tuple[Tensor | None, ...] | None) -> tuple[Tensor | None, ...] | None:
         """The h of the inputs of a node, whose g may be given."""
         self._capture(number)
-        node, arrived, self.arrived[number] = self.nodes[number], self.arrived[number], {}
+        node, arrived, self.arrived[number] = self.route.nodes[number], self.arrived[number], {}
         known = gradients is not None and any(g is not None for g in gradients)
-        if number not in self.rules or not (arrived or known):
+        if number not in self.route.rules or not (arrived or known):
             return None
-        entry, expected = self.rules[number], node._input_metadata
+        entry, expected = self.route.rules[number], node._input_metadata
         for output, h in arrived.items():
             if list(h.shape) != expected[output].shape:  # a rule may leave it to us to sum over what was broadcast
                 arrived[output] = h.sum_to_size(expected[output].shape)
@@ -228,20 +169,20 @@ class Walk:
         rule = partial(self._written_out, entry) if entry.expands else entry.rule
         rule = rule if self.block is None else partial(self.block.apply, rule)
         below: Any
-        if self.reused or self.checkpointed:
-            with keeping(self.reused, self.squares), rereadable(self.checkpointed.get(number, ())):
+        if self.route.reused or self.route.checkpointed:
+            with keeping(self.route.reused, self.squares), rereadable(self.route.checkpointed.get(number, ())):
                 below = rule(node, g, h)
         else:
             below = rule(node, g, h)
         if below is not None and type(below) is not tuple:
             below = (below,)
-        if below is not None and len(below) != len(self.edges[number]):
+        if below is not None and len(below) != len(self.route.edges[number]):
             raise ValueError(
                 f"the rule of {node.name()} returned {len(below)} tensors for {len(node.next_functions)} inputs: "
                 "return one for each of node.next_functions, None where there is none"
             )
         if self.factors is not None and below is not None:
-            below = self.factors.follow(number, node, self.edges[number], g, h, below)
+            below = self.factors.follow(number, node, self.route.edges[number], g, h, below)
         return below
 
     def _written_out(self, entry: Entry, node: Any, g: Any, h: Any) -> tuple[Tensor | None, ...]:
@@ -260,13 +201,13 @@ class Walk:
     def _deliver(self, edge: Edge, h: Tensor | None) -> bool:
         """Hand h to an input; whether that was the last it waited for and it can be passed without its g."""
         number, output = edge
-        target = self.leaf.get(number)
+        target = self.route.leaf.get(number)
         with self.lock:
             if target is None:
                 if h is not None:
                     self._arrive(number, output, self._converted(h, self.dtype))
                 self.missing[number] -= 1
-                return not self.missing[number] and number in self.rules and self.rules[number].linear
+                return not self.missing[number] and number in self.route.rules and self.route.rules[number].linear
             if h is not None:
                 h = h if h.layout == torch.strided else h.to_dense()
                 if h.shape != self.shapes[target]:
@@ -286,13 +227,13 @@ class Walk:
         before = self.arrived[number].get(output)
         if before is not None:
             if before.shape != h.shape:
-                shape = self.nodes[number]._input_metadata[output].shape
+                shape = self.route.nodes[number]._input_metadata[output].shape
                 before, h = before.sum_to_size(shape), h.sum_to_size(shape)
             h = before + h
         self.arrived[number][output] = h
 
     def _capture(self, number: int) -> None:
-        for output, target in self.inner.get(number, {}).items():
+        for output, target in self.route.inner.get(number, {}).items():
             if output in self.arrived[number]:
                 self.diagonals[target] = self.arrived[number][output]
 
@@ -303,24 +244,25 @@ class Walk:
 
         The gradients of weights are needed nowhere: that saves one product in three of a backward.
         """
-        curved = {number for number, entry in self.rules.items() if not entry.linear}
-        above, asked = ancestors(curved, self.users), set()
+        curved = {number for number, entry in self.route.rules.items() if not entry.linear}
+        above, asked = ancestors(curved, self.route.users), set()
         while True:
             # Under autograd a node computes what is asked for alone: we ask for all but what costs a product.
             asked = (curved - above) | {
                 edge[0]
-                for number in above & self.rules.keys()
-                for edge in self.edges[number]
-                if edge is not None and edge[0] not in above and self.rules[number].family != "products"
+                for number in above & self.route.rules.keys()
+                for edge in self.route.edges[number]
+                if edge is not None and edge[0] not in above and self.route.rules[number].family != "products"
             }
-            more = ancestors(asked, self.users) - above
+            more = ancestors(asked, self.route.users) - above
             if not more:
                 break
             above |= more
         last = curved - above
         self.unseen = set(last)
-        self.later = self.rules.keys() - curved - above
-        stops = [(n, GradientEdge(self.nodes[n], k)) for n in asked for k in range(len(self.nodes[n]._input_metadata))]
+        self.later = self.route.rules.keys() - curved - above
+        outputs = [(n, k) for n in asked for k in range(len(self.route.nodes[n]._input_metadata))]
+        stops = [(n, GradientEdge(self.route.nodes[n], k)) for n, k in outputs]
         gradients: dict[int, list[Tensor | None]] = {number: [] for number in last}
         if stops:
             edges = [edge for _, edge in stops]
@@ -329,7 +271,7 @@ class Walk:
                 if number in gradients:
                     gradients[number].append(gradient)
         with torch.no_grad():
-            if self.rules and not stops:
+            if self.route.rules and not stops:
                 self.deferred.append(0)
             for number in self.unseen:
                 self._pass(number, tuple(gradients[number]))
@@ -343,10 +285,10 @@ class Walk:
         """Remove every hook and let go of the graph."""
         for handle in self.handles:
             handle.remove()
-        for number in self.inner:
+        for number in self.route.inner:
             self._capture(number)  # autograd stops above a tensor below which it has nothing to do
-        self.handles, self.nodes, self.arrived = [], [], []
-        self.inner, self.checkpointed, self.squares, self.take = {}, {}, {}, None
+        self.route.clear()
+        self.handles, self.arrived, self.squares, self.take = [], [], {}, None
 
     def finished(self, targets: Sequence[Tensor]) -> list[Tensor]:
         """The h of each target, in its shape, and zeros where none arrived."""
@@ -379,41 +321,6 @@ def hook_of(walk: weakref.ref[Walk], number: int) -> Callable[[tuple[Tensor | No
             alive.visit(number, gradients)
 
     return hook
-
-
-def graph_of(loss: Tensor) -> tuple[list[Any], list[list[Edge | None]], list[list[int]]]:
-    """The nodes behind a loss, for each what its inputs are outputs of, and for each who uses it."""
-    nodes: list[Any] = [loss.grad_fn] if loss.grad_fn is not None else []
-    edges: list[list[Edge | None]] = []
-    users: list[list[int]] = [[]]
-    numbers: dict[Any, int] = {loss.grad_fn: 0}
-    for number, node in enumerate(nodes):  # grows as it is read
-        below: list[Edge | None] = []
-        for other, output in node.next_functions:
-            if other is None:
-                below.append(None)
-                continue
-            place = numbers.get(other)
-            if place is None:
-                place = numbers[other] = len(nodes)
-                nodes.append(other)
-                users.append([])
-            users[place].append(number)
-            below.append((place, output))
-        edges.append(below)
-    return nodes, edges, users
-
-
-def ancestors(ends: Iterable[int], users: list[list[int]]) -> set[int]:
-    """All nodes that are computed, directly or not, from one of ``ends``."""
-    found: set[int] = set()
-    waiting = list(ends)
-    while waiting:
-        for user in users[waiting.pop()]:
-            if user not in found:
-                found.add(user)
-                waiting.append(user)
-    return found
 
 
 def hessian_diagonal(
@@ -485,9 +392,9 @@ def hessian_diagonal(
         seed=torch.ones_like(loss),
     )
     with walk:
-        if torch._C._current_graph_task_id() == -1:
+        if torch._C._current_graph_task_id() == -1 and not walk.route.checkpointed:
             walk.run(loss, retain_graph)
-        else:  # inside another backward a node computes what that one asks for, except under a backward of our own
+        else:  # inside another backward a node computes what that asks for; outside any, what is checkpointed anew
             torch.autograd.grad(loss, unique, walk.seed, retain_graph=retain_graph, allow_unused=True)
     found = {id(target): h for target, h in zip(unique, walk.finished(unique), strict=True)}
     return tuple(found[id(target)] for target in targets)

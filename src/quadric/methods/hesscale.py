@@ -9,7 +9,7 @@ h is HesScale's estimate of the diagonal of the loss's Hessian, carried back bes
 curvature is nearly zero: a clip of each entry, and a trust region of the whole step.
 
 Cost: about two thirds of forward and backward, or that over ``refresh_every``, and ten passes over the parameters.
-Memory: 4 numbers a parameter, and one more between backward and step.
+Memory: 5 numbers a parameter.
 
 Paper: Elsayed and Mahmood, HesScale: Scalable Computation of Hessian Diagonals, 2022, arXiv 2210.11639. The trust
 region is the step-size scaling of its sequel on reinforcement learning, ICML 2024, arXiv 2406.03276.
@@ -123,7 +123,7 @@ class AdaHesScale(CurvatureOptimizer):
 
     Under ``torch.distributed`` h is averaged over all processes, as gradients are; each of them must take every step.
 
-    Cost: about two thirds of forward and backward every ``refresh_every`` steps. Memory: 4 numbers a parameter.
+    Cost: about two thirds of forward and backward every ``refresh_every`` steps. Memory: 5 numbers a parameter.
 
     Args:
         params: parameters or parameter groups.
@@ -316,7 +316,7 @@ class AdaHesScale(CurvatureOptimizer):
             set_to_none: drop the gradients instead of zeroing them.
         """
         super().zero_grad(set_to_none)
-        self._drop(self._walks)
+        self._drop([pair for pair in self._walks if pair[0].begun is not None])  # others wait for their backward
         self._collected.clear()
 
     # From h to a step.
