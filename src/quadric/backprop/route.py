@@ -39,6 +39,7 @@ class Route:
         self.leaf: dict[int, int] = {}  # the target of a node that accumulates a leaf's gradient
         self.inner: dict[int, dict[int, int]] = {}  # the targets of any other node, by its outputs
         self.rules: dict[int, Entry] = {}  # of the nodes that h passes
+        self.outputs: dict[int, Any] = {}  # shape, type and device of what these nodes gave
         self.checkpointed: dict[int, list[Any]] = {}  # what stands in for tensors that a node did not keep
         self._find_targets(targets)
         ends = {*self.leaf, *self.inner}
@@ -70,7 +71,8 @@ class Route:
         entry = find_rule(node) or FALLBACKS.get(fallback or "")
         if entry is None:
             raise unsupported(node, targets)
-        if any(output.dtype.is_complex for output in node._input_metadata):
+        self.outputs[number] = node._input_metadata
+        if any(output.dtype.is_complex for output in self.outputs[number]):
             raise unsupported(node, targets, "complex numbers have no rules: compute with real ones")
         self.rules[number] = entry
         self.edges[number] = [edge if edge is not None and edge[0] in needed else None for edge in self.edges[number]]

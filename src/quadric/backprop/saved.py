@@ -52,10 +52,13 @@ def raw_names(kind: type) -> list[str]:
 
 def checkpoints(node: Any) -> list[Any]:
     """What stands in for the saved tensors of a node that ``torch.utils.checkpoint`` will compute again."""
-    raws = (getattr(node, name) for name in raw_names(type(node)))
-    every = (raw for part in raws for raw in (part if isinstance(part, tuple | list) else (part,)))
-    held = (getattr(raw, "data", None) for raw in every if getattr(raw, "unpack_hook", None) is not None)
-    return [holder for holder in held if isinstance(holder, checkpoint._Holder)]
+    held = []
+    for name in raw_names(type(node)):
+        part = getattr(node, name)
+        for raw in part if isinstance(part, tuple | list) else (part,):
+            if raw is not None and raw.unpack_hook is not None and isinstance(raw.data, checkpoint._Holder):
+                held.append(raw.data)
+    return held
 
 
 class _Lasting(dict):

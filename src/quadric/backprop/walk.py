@@ -152,7 +152,7 @@ class Walk:
         known = gradients is not None and any(g is not None for g in gradients)
         if number not in self.route.rules or not (arrived or known):
             return None
-        entry, expected = self.route.rules[number], node._input_metadata
+        entry, expected = self.route.rules[number], self.route.outputs[number]
         for output, h in arrived.items():
             if list(h.shape) != expected[output].shape:  # a rule may leave it to us to sum over what was broadcast
                 arrived[output] = h.sum_to_size(expected[output].shape)
