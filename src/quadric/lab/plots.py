@@ -188,13 +188,14 @@ def _draw_curves(
         axes.axhline(target, color=MUTED, lw=0.9, ls=(0, (2, 2)), zorder=1)
         # Above the axes: anywhere on the line it could lie on a curve.
         axes.set_title(f"dotted: {target:g}, the target", loc="right", color=MUTED, fontsize=_SMALL - 1, pad=9)
+    band = min(0.15, 0.6 / len(series))  # seven bands on top of each other would drown the lines
     for s in series:
         colour = s.style.colour
         for xs, ys in s.broken:
             axes.plot(xs, ys, color=colour, lw=0.9, ls=s.style.line, alpha=0.7)
             axes.plot(xs[-1:], [min(max(ys[-1], bottom), top)], "x", color=colour, ms=6, mew=1.6, clip_on=False)
         if s.x:
-            axes.fill_between(s.x, s.low, s.high, color=colour, alpha=0.15, lw=0)
+            axes.fill_between(s.x, s.low, s.high, color=colour, alpha=band, lw=0)
             axes.plot(s.x, s.y, color=colour, lw=1.8, ls=s.style.line)
             axes.plot(s.x[-1:], s.y[-1:], "o", color=colour, ms=3.6)
     _dress(axes, x, y)
