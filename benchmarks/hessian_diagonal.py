@@ -600,8 +600,8 @@ def in_rules(loss: Tensor, x: Tensor) -> float:
         return call
 
     with Walk(loss, [x]) as walk:
-        for number, entry in walk.rules.items():
-            walk.rules[number] = dataclasses.replace(entry, rule=watched(entry.rule))
+        for number, entry in walk.route.rules.items():
+            walk.route.rules[number] = dataclasses.replace(entry, rule=watched(entry.rule))
         torch.autograd.grad(loss, [x])
     return 1e6 * spent
 

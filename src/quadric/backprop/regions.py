@@ -88,7 +88,7 @@ def find_region(
         nodes: all nodes.
         edges: for each node, the outputs that it takes.
         users: for each node, the nodes that take its outputs.
-        kept: nodes with an h of their own to be told, which no region may swallow.
+        kept: nodes that no region may swallow.
     """
     inside = [last]
     frontier = {edge for edge in edges[last] if edge is not None}

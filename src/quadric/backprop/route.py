@@ -81,9 +81,11 @@ class Route:
 
     def _join_regions(self, ends: set[int]) -> None:
         meets = [n for n in self.rules if sum(edge is not None for edge in self.edges[n]) > 1]
-        meets = [n for n in meets if self.nodes[n].name() in ELEMENTWISE]
+        # What a checkpoint computes again has no graph behind it, and so no second derivatives.
+        meets = [n for n in meets if self.nodes[n].name() in ELEMENTWISE and n not in self.checkpointed]
+        kept = ends | self.checkpointed.keys()
         for number in sorted(meets, key=lambda n: -self.nodes[n]._sequence_nr()):  # the latest first
-            region = find_region(number, self.nodes, self.edges, self.users, ends) if number in self.rules else None
+            region = find_region(number, self.nodes, self.edges, self.users, kept) if number in self.rules else None
             if region is not None:
                 self.rules[number] = region.entry(self.nodes, self.edges)
                 self.edges[number] = [region.source]
