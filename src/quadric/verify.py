@@ -169,7 +169,7 @@ class Card:
         whole = [["estimate", "of", "error", "cosine", "rank", "time"]]
         for e in self.estimates:
             numbers = (e.score.error, e.score.cosine, e.score.rank)
-            whole.append([e.title, e.of, *map(figure, numbers), f"{e.time:.3g}×"])
+            whole.append([e.title, e.of, *map(figure, numbers), times(e.time)])
         parts = [["error by tensor", "entries", *(e.short for e in self.estimates)]]
         for layer in self.layers:
             size = f"{len(layer.entries)}/{math.prod(layer.shape)}"
@@ -329,6 +329,16 @@ def figure(value: float | None) -> str:
     if value and not 5e-4 <= abs(value) < 1e5:
         return f"{value:.0e}"
     return f"{value:.3f}" if abs(value) < 10 else f"{value:.3g}"
+
+
+def times(ratio: float) -> str:
+    """A multiple of the time of a step, as it is printed.
+
+    Example:
+        >>> [times(ratio) for ratio in (1.046, 13.16, 2657.0)]
+        ['1.05×', '13.2×', '2,657×']
+    """
+    return f"{ratio:.3g}×" if ratio < 999.5 else f"{ratio:,.0f}×"
 
 
 def _cosine(a: Tensor, b: Tensor, weight: Tensor) -> float:

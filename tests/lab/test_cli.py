@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
+from commands import command_line
 from safetensors.torch import load_file
 
-from quadric.lab.cli import run
 from quadric.lab.models import MODELS
 from quadric.lab.optimizers import ENTRANTS
 from quadric.lab.tasks import TASKS
@@ -19,17 +19,7 @@ SMALL = ("--examples", "300", "--epochs", "2")
 
 @pytest.fixture
 def quadric(tmp_path, monkeypatch, capsys):
-    """The command line in this process: (status, what it said, what it complained)."""
-    monkeypatch.chdir(tmp_path)
-    threads = torch.get_num_threads()
-
-    def call(*words):
-        status = run(words)
-        torch.set_num_threads(threads)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    return call
+    return command_line(tmp_path, monkeypatch, capsys)
 
 
 def history(folder):

@@ -8,7 +8,7 @@ import sys
 from xml.etree import ElementTree
 
 import pytest
-import torch
+from commands import command_line
 from matplotlib.text import Text
 from pages import Page
 from rich.console import Console
@@ -53,6 +53,12 @@ def pair():
 def fails():
     raise FileNotFoundError("no weights\\nhere")
 
+def lazy():
+    return nn.LazyLinear(1), lambda model, batch: model(batch).sum(), torch.randn(10, 4)
+
+def leaves():
+    raise SystemExit(3)
+
 def closed():
     def loss_fn(model, batch):
         raise KeyError("labels")
@@ -64,20 +70,10 @@ value = 3
 
 @pytest.fixture
 def quadric(tmp_path, monkeypatch, capsys):
-    """The command line in this process: (status, what it said, what it complained)."""
-    monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "broken.py").write_text("1 / 0\n")
-    threads = torch.get_num_threads()
-
-    def call(*words):
-        status = run(words)
-        torch.set_num_threads(threads)
-        captured = capsys.readouterr()
-        return status, captured.out, captured.err
-
-    yield call
+    yield command_line(tmp_path, monkeypatch, capsys)
     for name in ("mine", "broken"):
         sys.modules.pop(name, None)
 
@@ -278,7 +274,10 @@ def test_carried_in_another_type(quadric, tmp_path):
         ("--model mine:fails", "the function fails (FileNotFoundError: no weights here)"),
         ("--model mine:many", "loss_fn returned a tensor of shape (10, 2)"),
         ("--model mine:closed", "mine:closed: KeyError: 'labels'"),
+        ("--model mine:lazy", "its lazy layers have no shape yet; call the model once before returning it"),
+        ("--model mine:leaves", "the function fails (SystemExit: 3)"),
         ("--out mine.py", "mine.py exists and is not a run's folder; choose another --out"),
+        ("--out mine.py/a", "cannot make the folder mine.py/a (Not a directory); choose another --out"),
     ],
 )
 def test_bad_values_are_one_line_and_status_2(quadric, tmp_path, words, message):

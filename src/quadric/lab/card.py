@@ -13,8 +13,8 @@ from rich.table import Table
 from rich.text import Text
 
 from quadric.lab import plots, report
-from quadric.lab.standings import finite, printable
-from quadric.verify import figure
+from quadric.lab.standings import printable
+from quadric.verify import figure, times
 
 # What an estimate is of decides its colour in every picture, so that a Fisher matrix is not taken for a Hessian.
 STYLES = {
@@ -94,27 +94,24 @@ def verdict(card: dict[str, Any]) -> tuple[str, str]:
     )
     headline = f"{best['title']} comes closest to the Hessian’s diagonal"
     sentence = (
-        f"Its relative L1 error is {error}, its cosine {cosine}, at {best['time']:.3g} times the price of forward and "
+        f"Its relative L1 error is {error}, its cosine {cosine}, at {times(best['time'])} the price of forward and "
         f"backward. The squared gradient’s error is {plain_error}, its cosine {plain_cosine}."
     )
     return headline, sentence
 
 
 def _figure(value: float | None) -> str:
-    return figure(finite(value)).replace("-", "−")
+    return figure(value).replace("-", "−")
 
 
 def _closest(card: dict[str, Any]) -> dict[str, Any]:
-    return min(card["estimates"], key=lambda e: _or_infinite(e["score"]["error"]))
-
-
-def _or_infinite(value: float | None) -> float:
-    return math.inf if finite(value) is None else float(value or 0.0)
+    errors = ((e["score"]["error"], e) for e in card["estimates"])
+    return min(errors, key=lambda pair: math.inf if pair[0] is None else pair[0])[1]
 
 
 def _cells(estimate: dict[str, Any]) -> dict[str, str]:
     score = {name: _figure(estimate["score"][name]) for name in ("error", "cosine", "rank")}
-    return {"estimate": estimate["title"], "of": estimate["of"], **score, "time": f"{estimate['time']:.3g}×"}
+    return {"estimate": estimate["title"], "of": estimate["of"], **score, "time": times(estimate["time"])}
 
 
 def _pictures(card: dict[str, Any]) -> dict[str, Figure]:
@@ -133,14 +130,14 @@ def _pictures(card: dict[str, Any]) -> dict[str, Figure]:
         cells = _cells(e)
         guesses.append(
             plots.Guess(
-                label=PANELS[e["key"]] if e["key"] in PANELS else e["short"],
+                label=PANELS.get(e["key"], e["short"]),
                 style=STYLES[e["of"]],
                 marker=marker,
                 filled=filled,
                 note=f"error {cells['error']}, cosine {cells['cosine']}",
                 exact=[exact for exact, _ in pairs],
                 values=[value for _, value in pairs],
-                errors=[finite(layer["scores"][e["key"]]["error"]) for layer in rows],
+                errors=[layer["scores"][e["key"]]["error"] for layer in rows],
             )
         )
     return {
@@ -152,7 +149,6 @@ def _pictures(card: dict[str, Any]) -> dict[str, Figure]:
 def _page(results: dict[str, Any], pictures: dict[str, str]) -> str:
     card = results["card"]
     headline, sentence = verdict(card)
-    started = str(results["environment"].get("started", "")).partition(" ")[0]
     notes = "".join(f"<li>{report.text(note)}</li>" for note in card["notes"])
     aside = f"<aside><strong>Before you believe it.</strong><ul>{notes}</ul></aside>" if notes else ""
     shown = min(len(card["layers"]), MOST_ROWS)
@@ -179,8 +175,7 @@ def _page(results: dict[str, Any], pictures: dict[str, str]) -> str:
 <h2>How it was measured</h2>
 {_method(results)}
 </section>"""
-    eyebrow = " · ".join(filter(None, ["quadric curvature", results["subject"], started]))
-    return report.document("quadric curvature", eyebrow, headline, sentence, results["description"], body)
+    return report.document(results, "quadric curvature", results["subject"], headline, sentence, body)
 
 
 def _summary(card: dict[str, Any]) -> str:
@@ -228,9 +223,7 @@ def _tensors(card: dict[str, Any]) -> str:
 def _method(results: dict[str, Any]) -> str:
     card, options = results["card"], results["options"]
     drawn = sum(len(layer["entries"]) for layer in card["layers"])
-    environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
     facts = {
-        "Command": f"<code>{report.text(results['command'])}</code>",
         "Model": report.text(results["description"]),
         "Exact": f"Second derivatives by autograd in float64, for {drawn:,} of {card['parameters']:,} entries: up to "
         f"{options['entries']} of each tensor, drawn with seed {card['seed']}. In the whole model an entry counts for "
@@ -243,6 +236,5 @@ def _method(results: dict[str, Any]) -> str:
         "Time": f"Forward pass and everything after it, over forward and backward of the same batch "
         f"({figure(1000 * card['step_seconds'])} ms), measured in turn. In training M-FAC and Ginger learn from the "
         "gradients of past steps and pay none of these.",
-        "Environment": report.text(f"quadric {results['quadric']}, {environment}"),
     }
-    return "<dl>" + "".join(f"<dt>{term}</dt><dd>{words}</dd>" for term, words in facts.items()) + "</dl>"
+    return report.how_measured(results, facts)

@@ -33,6 +33,15 @@ UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
+# Options that mean the same to every command.
+DataDir = Annotated[
+    Path | None, Option(help="Folder with data files; without it image sets are fetched from openml.org.")
+]
+Threads = Annotated[
+    int | None, Option(min=1, help="CPU threads. [default: 1 for digits and regression, else torch's choice]")
+]
+Out = Annotated[Path | None, Option(help="Folder for everything written. [default: a new one under runs/]")]
+
 
 class Schedule(str, Enum):
     """How the learning rate moves after the warm-up."""
@@ -76,9 +85,7 @@ class Common:
         ),
     ] = "digits"
     text: Annotated[Path | None, Option(help="Learn this text file, character by character.")] = None
-    data_dir: Annotated[
-        Path | None, Option(help="Folder with data files; without it image sets are fetched from openml.org.")
-    ] = None
+    data_dir: DataDir = None
     model: Annotated[str | None, Option(help="logistic, mlp, 3c3d, resnet20 or gpt. [default: the task's]")] = None
     epochs: Annotated[int | None, Option(min=1, help="Passes over the training set. [default: the task's]")] = None
     batch_size: Annotated[int | None, Option(min=1, help="Examples in a step. [default: the task's]")] = None
@@ -92,11 +99,8 @@ class Common:
     ] = None
     target: Annotated[float | None, Option(help="Test metric whose time is taken. [default: the task's]")] = None
     device: Annotated[DeviceName, Option(help="Where to train.")] = DeviceName.auto
-    threads: Annotated[
-        int | None,
-        Option(min=1, help="CPU threads. [default: 1 for digits and regression, else torch's choice]"),
-    ] = None
-    out: Annotated[Path | None, Option(help="Folder for everything written. [default: a new one under runs/]")] = None
+    threads: Threads = None
+    out: Out = None
     resume: Annotated[bool, Option("--resume", help="Continue what is in --out (or the newest of runs/).")] = False
     checkpoint_seconds: Annotated[float, Option(min=0, help="Seconds between checkpoints of a run.")] = 30.0
 
@@ -233,9 +237,7 @@ def curvature(
         ),
     ] = None,
     text: Annotated[Path | None, Option(help="Take this text file, character by character.")] = None,
-    data_dir: Annotated[
-        Path | None, Option(help="Folder with data files; without it image sets are fetched from openml.org.")
-    ] = None,
+    data_dir: DataDir = None,
     model: Annotated[
         str | None,
         Option(
@@ -256,11 +258,8 @@ def curvature(
     fallback: Annotated[Fallback | None, Option(help="For operations without a rule of HesScale's.")] = None,
     dtype: Annotated[CarriedType | None, Option(help="Type in which HesScale carries the diagonal.")] = None,
     device: Annotated[DeviceName, Option(help="Where to compute.")] = DeviceName.auto,
-    threads: Annotated[
-        int | None,
-        Option(min=1, help="CPU threads. [default: 1 for digits and regression, else torch's choice]"),
-    ] = None,
-    out: Annotated[Path | None, Option(help="Folder for everything written. [default: a new one under runs/]")] = None,
+    threads: Threads = None,
+    out: Out = None,
 ):
     """Compare every estimate of the Hessian's diagonal with the exact one: a table, pictures, a report.
 
@@ -454,13 +453,17 @@ def open_folder(out: Path | None, kind: str, plan: "Race", resume: bool, words: 
 
 
 def refuse_taken(folder: Path) -> None:
-    """Refuse a folder for new files that is not there to be filled.
+    """Refuse a folder for new files that is not there to be filled, or cannot be made.
 
     Raises:
-        LabError: When there is something in it, or it is none.
+        LabError: When there is something in it, it is none, or what it would stand in cannot be written to.
     """
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise LabError(f"{folder} exists and is not a run's folder; choose another --out")
+    nearest = next(place for place in (folder, *folder.parents) if place.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK):
+        why = "Permission denied" if nearest.is_dir() else "Not a directory"
+        raise LabError(f"cannot make the folder {folder} ({why}); choose another --out")
 
 
 def _folder_under_runs(name: str, resume: bool) -> Path:

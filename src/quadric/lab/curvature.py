@@ -13,6 +13,7 @@ from typing import Any, Literal
 import safetensors.torch
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 import quadric
@@ -172,7 +173,7 @@ def subject_of_user(place: str, seed: int, device: torch.device) -> Subject:
         sys.path.insert(0, "")  # a console script does not look where the person stands
     try:
         module = importlib.import_module(module_name)
-    except Exception as error:  # whatever stands at the top of a person's module
+    except (Exception, SystemExit) as error:  # whatever stands at the top of a person's module
         raise LabError(f"--model {place}: cannot import {module_name} ({_told(error)}); put it right") from error
     function = getattr(module, function_name, None)
     if not callable(function):
@@ -180,11 +181,13 @@ def subject_of_user(place: str, seed: int, device: torch.device) -> Subject:
     torch.manual_seed(seed)
     try:
         made = function()
-    except Exception as error:  # the same of its function
+    except (Exception, SystemExit) as error:  # the same of its function
         raise LabError(f"--model {place}: the function fails ({_told(error)}); it has to {EXAMPLE}") from error
     if not isinstance(made, tuple) or len(made) != 3 or not isinstance(made[0], nn.Module) or not callable(made[1]):
         raise LabError(f"--model {place}: the function returned {_kind(made)}; it has to {EXAMPLE}")
     model, loss_fn, batch = made
+    if any(is_lazy(p) for p in model.parameters()):
+        raise LabError(f"--model {place}: its lazy layers have no shape yet; call the model once before returning it")
     model = model.to(device)
     batch = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
     parameters = sum(p.numel() for p in model.parameters())

@@ -185,8 +185,6 @@ def _trials(standing: Standing, tuning: dict[str, Any]) -> plots.Trials:
 
 def _page(results: dict[str, Any], ranked: Sequence[Standing], pictures: dict[str, str]) -> str:
     headline, sentence = verdict(results, ranked)
-    started = str(results["environment"].get("started", "")).partition(" ")[0]
-    eyebrow = " · ".join(filter(None, ["quadric race", f"{results['model']} on {results['task']}", started]))
     lost = "".join(f"<li>{text(line)}</li>" for line in lost_runs(ranked))
     aside = f"<aside><strong>Not every run finished.</strong><ul>{lost}</ul></aside>" if lost else ""
     sides = "Solid: quadric’s own; dashed: rivals. " if len({s.ours for s in ranked}) == 2 else ""
@@ -222,20 +220,22 @@ def _page(results: dict[str, Any], ranked: Sequence[Standing], pictures: dict[st
 {_raw(results, ranked)}
 </details>
 </section>"""
-    return document("quadric race", eyebrow, headline, sentence, results["description"], body)
+    return document(results, "quadric race", f"{results['model']} on {results['task']}", headline, sentence, body)
 
 
-def document(command: str, eyebrow: str, headline: str, sentence: str, note: str, body: str) -> str:
+def document(results: dict[str, Any], command: str, subject: str, headline: str, sentence: str, body: str) -> str:
     """A whole page, complete in itself.
 
     Args:
-        command: Which command wrote it, for the title of its window.
-        eyebrow: The small line above the headline.
+        results: What it is of; gives the day and the note below the headline.
+        command: Which command wrote it.
+        subject: What it was given.
         headline: What was found.
         sentence: The same with its figures.
-        note: What it was found on.
         body: Markup of everything below; the other arguments are plain text.
     """
+    started = str(results["environment"].get("started", "")).partition(" ")[0]
+    eyebrow = " · ".join(filter(None, [command, subject, started]))
     return f"""<!doctype html>
 <html lang="en">
 <head>
@@ -251,7 +251,7 @@ def document(command: str, eyebrow: str, headline: str, sentence: str, note: str
 <p class="eyebrow">{text(eyebrow)}</p>
 <h1>{text(headline)}</h1>
 <p class="lede">{re.sub(r"(?<=[0-9]) (?=%|s )", "&nbsp;", text(sentence))}</p>
-<p class="note">{text(note)}</p>
+<p class="note">{text(results["description"])}</p>
 </header>
 {body}
 </main>
@@ -319,9 +319,7 @@ def _tuning(results: dict[str, Any], ranked: Sequence[Standing], pictures: dict[
 
 
 def _method(results: dict[str, Any]) -> str:
-    environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
     facts = {
-        "Command": f"<code>{text(results['command'])}</code>",
         "Task": text(results["description"]),
         "Budget": text(
             f"{results['epochs']} epochs = {results['steps']:,} steps of batch size {results['batch_size']}, "
@@ -334,9 +332,19 @@ def _method(results: dict[str, Any]) -> str:
         "Step": "Median milliseconds of one whole training step, mean over the seeds.",
         "Memory": "Tensors the optimizer keeps between steps, in 10⁶ bytes.",
         "A win": "The means differ by more than √(σ₁² + σ₂²), σ the standard deviations over seeds; else a tie.",
+    }
+    return how_measured(results, facts)
+
+
+def how_measured(results: dict[str, Any], facts: dict[str, str]) -> str:
+    """A list of terms and their markup, between the command and the environment it ran in."""
+    environment = ", ".join(f"{key} {value}" for key, value in results["environment"].items())
+    every = {
+        "Command": f"<code>{text(results['command'])}</code>",
+        **facts,
         "Environment": text(f"quadric {results['quadric']}, {environment}"),
     }
-    return "<dl>" + "".join(f"<dt>{term}</dt><dd>{words}</dd>" for term, words in facts.items()) + "</dl>"
+    return "<dl>" + "".join(f"<dt>{term}</dt><dd>{words}</dd>" for term, words in every.items()) + "</dl>"
 
 
 def _raw(results: dict[str, Any], ranked: Sequence[Standing]) -> str:

@@ -16,7 +16,7 @@ Parts = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 def through_standardisation(
     x: Tensor, rstd: Tensor, g: Any, h: Any, dims: list[int], weight: Any, centred: bool = True
-) -> Tensor:
+) -> tuple[Tensor, Any]:
     """Through y = weight · x̂ with x̂ = (input − mean) · rstd over ``dims``, N entries; ``x`` is x̂, g and h those of y.
 
     With G = weight · g and H = weight² · h it is rstd² (a + x̂ (b + x̂ c)), without the means where nothing is centred:
@@ -24,40 +24,51 @@ def through_standardisation(
         a = (1 − 2/N) H + ΣH/N² − (1 − 1/N) ΣGx̂/N
         b = −(2/N) G + (2/N²) (ΣG + ΣHx̂)
         c = −(2/N) H + ΣHx̂²/N² + (3/N²) ΣGx̂
+
+    Beside it comes h x̂², which the weight sums up.
     """
     n = math.prod(x.shape[axis] for axis in dims)
-    if weight is not None:
-        g, h = None if g is None else g * weight, None if h is None else h * (weight * weight)
+    weight = x.new_ones(()) if weight is None else weight
+    square = weight * weight
     a: Any = 0.0
     b: Any = 0.0
     c: Any = 0.0
+    hxx = None
     if h is not None:
         hx = h * x
-        a = h.sum(dims, keepdim=True) / n**2 if centred else 0.0
-        b = hx.sum(dims, keepdim=True) * (2 / n**2) if centred else 0.0
-        c = hx.mul_(x).sum(dims, keepdim=True) / n**2
+        hxx = hx * x
+        a = weighted_sum(h, square, dims) / n**2 if centred else a
+        b = weighted_sum(hx, square, dims) * (2 / n**2) if centred else b
+        c = weighted_sum(hxx, square, dims) / n**2
     if g is not None:
-        gx = (g * x).sum(dims, keepdim=True) / n
+        gx = weighted_sum(g * x, weight, dims) / n
         a = a - gx * (1 - 1 / n if centred else 1.0)
-        b = b + g.sum(dims, keepdim=True) * (2 / n**2) if centred else b
+        b = b + weighted_sum(g, weight, dims) * (2 / n**2) if centred else b
         c = c + gx * (3 / n)
-        b = torch.add(b, g, alpha=-2 / n) if isinstance(b, Tensor) else g * (-2 / n)
+    inner = c * x if h is None else torch.addcmul(c, h, square, value=-2 / n).mul_(x)
+    if g is not None:
+        inner.addcmul_(g, weight, value=-2 / n)
+    inner.add_(b).mul_(x)
     if h is not None:
-        inner = torch.add(c, h, alpha=-2 / n).mul_(x).add_(b)
-        total = h * (1 - 2 / n if centred else 1.0)
-        total = total.add_(a).addcmul_(x, inner)
-    else:
-        total = torch.addcmul(b, x, c).mul_(x).add_(a)
-    return total.mul_(rstd * rstd)
+        inner.addcmul_(h, square, value=1 - 2 / n if centred else 1.0)
+    return inner.add_(a).mul_(rstd * rstd), hxx
 
 
-def of_affine(x: Tensor, h: Any, dims: list[int], weight: Any) -> tuple[Tensor | None, Tensor | None]:
+def weighted_sum(t: Tensor, weight: Tensor, dims: list[int]) -> Tensor:
+    """Σ weight · t over ``dims``, which are kept; a weight that is constant along them waits until the end."""
+    behind = [axis - t.ndim for axis in dims]
+    if all(place < -weight.ndim or weight.shape[place] == 1 for place in behind):
+        return t.sum(dims, keepdim=True) * weight
+    if weight.ndim == 1 and behind == [-1]:
+        return (t @ weight).unsqueeze(-1)
+    return (t * weight).sum(dims, keepdim=True)
+
+
+def of_affine(h: Any, hxx: Any, dims: list[int], weight: Any) -> tuple[Tensor | None, Tensor | None]:
     """What the weight gets, Σ h x̂², and the shift, Σ h, over ``dims``."""
     if h is None or weight is None:
         return None, None
-    if not dims:
-        return h * x * x, h
-    return (h * x).mul_(x).sum(dims), h.sum(dims)
+    return (hxx.sum(dims), h.sum(dims)) if dims else (hxx, h)
 
 
 @rule("NativeBatchNormBackward0", "CudnnBatchNormBackward0", "MiopenBatchNormBackward0")
@@ -75,14 +86,13 @@ def batch_norm(node: Any, g: Any, h: Any) -> Parts:
     mean, rstd = mean.view(shape).to(x.dtype), rstd.view(shape).to(x.dtype)
     weight = node._saved_weight
     standard = (x - mean).mul_(rstd)
-    of_weight, of_shift = of_affine(standard, h, axes, weight)
     scale = None if weight is None else widened(weight).view(shape)
     if training:
-        below = through_standardisation(standard, rstd, g, h, axes, scale)
+        below, hxx = through_standardisation(standard, rstd, g, h, axes, scale)
     else:
         slope = rstd if scale is None else rstd * scale
-        below = None if h is None else h * (slope * slope)
-    return below, of_weight, of_shift
+        below, hxx = (None, None) if h is None else (h * (slope * slope), h * standard * standard)
+    return below, *of_affine(h, hxx, axes, weight)
 
 
 def eps_of(node: Any) -> float:
@@ -99,9 +109,9 @@ def layer_norm(node: Any, g: Any, h: Any) -> Parts:
     others = list(range(last[0]))
     rstd = node._saved_result2.to(x.dtype)
     standard = (x - node._saved_result1).mul_(rstd)
-    of_weight, of_shift = of_affine(standard, h, others, weight)
     scale = None if weight is None else widened(weight)
-    return through_standardisation(standard, rstd, g, h, last, scale), of_weight, of_shift
+    below, hxx = through_standardisation(standard, rstd, g, h, last, scale)
+    return below, *of_affine(h, hxx, others, weight)
 
 
 @rule("NativeGroupNormBackward0")
@@ -115,10 +125,12 @@ def group_norm(node: Any, g: Any, h: Any) -> Parts:
     g, h = (None if t is None else t.reshape(grouped) for t in (g, h))
     mean, rstd = (s.to(x.dtype).view(*grouped[:2], 1, 1) for s in (node._saved_result1, node._saved_result2))
     standard = (x - mean).mul_(rstd)
-    of_weight, of_shift = of_affine(standard, h, [0, 3], weight)
     scale = None if weight is None else widened(weight).view(1, *grouped[1:3], 1)
-    below = through_standardisation(standard, rstd, g, h, [2, 3], scale).reshape(full)
-    return below, None if of_weight is None else of_weight.flatten(), None if of_shift is None else of_shift.flatten()
+    below, hxx = through_standardisation(standard, rstd, g, h, [2, 3], scale)
+    of_weight, of_shift = of_affine(h, hxx, [0, 3], weight)
+    if of_weight is not None and of_shift is not None:
+        of_weight, of_shift = of_weight.flatten(), of_shift.flatten()
+    return below.reshape(full), of_weight, of_shift
 
 
 @rule("FusedRmsNormBackward0")
@@ -129,9 +141,9 @@ def rms_norm(node: Any, g: Any, h: Any) -> tuple[Tensor | None, Tensor | None]:
     last = list(range(x.ndim - len(node._saved_normalized_shape), x.ndim))
     rstd = node._saved_result1.to(x.dtype)
     standard = x * rstd
-    of_weight, _ = of_affine(standard, h, list(range(last[0])), weight)
     scale = None if weight is None else widened(weight)
-    return through_standardisation(standard, rstd, g, h, last, scale, centred=False), of_weight
+    below, hxx = through_standardisation(standard, rstd, g, h, last, scale, centred=False)
+    return below, of_affine(h, hxx, list(range(last[0])), weight)[0]
 
 
 @rule("WeightNormInterfaceBackward0")
