@@ -252,6 +252,8 @@ OURS = {
     "HesScale": beside_backward(),
     "HesScale, Gauss–Newton": beside_backward(gauss_newton=True),
     "HesScale, bfloat16": beside_backward(dtype=torch.bfloat16),
+    "HesScale, a quarter of the batch": beside_backward(draws=3, fraction=0.25),
+    "HesScale, exact softmax": beside_backward(exact_softmax=True),
     "hessian_diagonal alone": Row(alone),
     "AdaHesScale.backward, every 10": now_and_then(10),
     "AdaHesScale step / AdamW step": training_step(1),

@@ -303,7 +303,7 @@ class Guess:
     errors: list[float | None]
 
 
-def agreement(guesses: Sequence[Guess], colours: Mapping[str, Style], *, columns: int = 4) -> Figure:
+def agreement(guesses: Sequence[Guess], colours: Mapping[str, Style]) -> Figure:
     """Estimate against exact value, a panel for each estimate, all on the same symmetric logarithmic axes.
 
     Both axes are linear about zero, where a fifth of the exact values that are not zero lie.
@@ -311,7 +311,6 @@ def agreement(guesses: Sequence[Guess], colours: Mapping[str, Style], *, columns
     Args:
         guesses: What to draw.
         colours: What a colour means; told where a panel is free.
-        columns: Panels side by side.
     """
     sizes = sorted(abs(v) for v in guesses[0].exact if v)
     largest = max((abs(v) for g in guesses for v in (*g.exact, *g.values)), default=0.0) or 1.0
@@ -323,6 +322,7 @@ def agreement(guesses: Sequence[Guess], colours: Mapping[str, Style], *, columns
         -reach if min(values, default=0.0) < -linear else -linear / 2
         for values in (guesses[0].exact, [v for g in guesses for v in (*g.exact, *g.values)])
     )
+    columns = 4
     rows = -(-len(guesses) // columns)
     figure = Figure((9.0, 0.3 + 2.55 * rows), layout=ConstrainedLayoutEngine(h_pad=0.09, w_pad=0.05))
     panels = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
@@ -349,9 +349,7 @@ def agreement(guesses: Sequence[Guess], colours: Mapping[str, Style], *, columns
         axes.plot(guess.exact, guess.values, guess.marker, ms=3, mec=colour, alpha=0.55, zorder=2, **look)
         _dress(axes, "exact" if below else "", "")
         axes.set_title(f"{_short(guess.label)}\n", loc="left", fontsize=_NORMAL, color=INK, pad=5, parse_math=False)
-        axes.text(
-            0, 1.03, guess.note, transform=axes.transAxes, fontsize=_SMALL - 1, color=MUTED, parse_math=False
-        )  # fmt: skip
+        axes.text(0, 1.03, guess.note, transform=axes.transAxes, fontsize=_SMALL - 1, color=MUTED, parse_math=False)
         axes.grid(axis="both", color=GRID, lw=0.8)
         axes.set_xlim(left, reach)
         axes.set_ylim(bottom, reach)
@@ -382,6 +380,7 @@ def errors(names: Sequence[str], guesses: Sequence[Guess]) -> Figure:
     axes.set_xlim(low, high)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_yticks(range(len(names)), [_end(name) for name in names], color=INK, parse_math=False)
+    axes.tick_params(axis="y", pad=8)  # beside a mark on the edge
     axes.set_xlabel("relative L1 error (dotted: predicting zero)", color=MUTED, fontsize=_SMALL)
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=_SMALL, labelcolor=INK)
     return figure

@@ -378,7 +378,7 @@ class AdaHesScale(CurvatureOptimizer):
             self._gather(block, [self._collected.get((block.group, i)) for i in block.members], spare)
             estimate.absorb(spare, block.live)
         root = torch.sqrt(estimate.squares, out=spare)
-        torch.div(average, root + estimate.damping_now(), out=out)
+        torch.div(average, torch.add(root, estimate.damping_now(), out=out), out=out)
         if group["clip"] is not None:
             out.clamp_(-group["clip"], group["clip"])
         if group["trust"] is not None:
