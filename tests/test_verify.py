@@ -4,12 +4,12 @@ import copy
 import json
 import math
 
-import oracles
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+import oracles
 import quadric
 from quadric.verify import _DrawnAs, score
 
