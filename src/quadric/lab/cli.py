@@ -283,8 +283,9 @@ def curvature(
             "--task": task, "--text": text, "--data-dir": data_dir, "--weights": weights, "--batch-size": batch_size,
             "--epochs": epochs or None,
         }  # fmt: skip
-        for option in (option for option, value in given.items() if value is not None):
-            raise LabError(f"{option} belongs to a built-in task, and --model {model} brings its own; leave it out")
+        for option, value in given.items():
+            if value is not None:
+                raise LabError(f"{option} belongs to a built-in task, and --model {model} brings its own; leave it out")
     if weights is not None and epochs:
         raise LabError("--weights and --epochs both say which parameters to take; leave one out")
     check_threads(threads)
