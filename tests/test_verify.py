@@ -81,6 +81,14 @@ class TestExact:
             "the Fisher estimates are one squared gradient: the batch is too small or cannot be split",
         )
 
+    def test_embeddings_with_sparse_gradients(self):
+        model, batch = nn.Sequential(nn.Embedding(4, 2, sparse=True), nn.Linear(2, 3)), data(kinds=3)[1:] * 2
+        card = quadric.verify(model, classes, batch, probes=1)
+        weight = model[0].weight
+        model[0].sparse = False
+        (wanted,) = oracles.hessian_diagonal(classes(model, batch), [weight])
+        assert of(card, "0.weight").exact == pytest.approx(wanted.flatten().tolist(), rel=1e-4, abs=1e-6)
+
     def test_an_operation_that_torch_cannot_batch_is_looped_over(self):
         class Sine(torch.autograd.Function):
             @staticmethod

@@ -388,6 +388,9 @@ class _Subject:
             raise RuntimeError(
                 f"the model cannot be copied ({error}): keep only parameters, buffers and detached tensors on it"
             ) from error
+        for module in self.model.modules():
+            if isinstance(module, nn.Embedding | nn.EmbeddingBag):
+                module.sparse = False  # a sparse gradient is the same, and has no second derivative
         self.loss_fn, self.batch, self.seed = loss_fn, batch, seed
         self.randomness: AbstractContextManager[object] = nullcontext()
         if exact:
