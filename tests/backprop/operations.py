@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.utils.rnn import pack_padded_sequence
 
 
 @dataclass(frozen=True)
@@ -588,6 +589,9 @@ MOVEMENT = {
     "flip": case(lambda x: x.flip(0, 1), normal(2, 3)),
     "fliplr": case(torch.fliplr, normal(2, 3)),
     "roll": case(lambda x: x.roll((1, -1), (0, 1)), normal(3, 4)),
+    "pack a padded sequence": case(
+        lambda x: pack_padded_sequence(x, torch.tensor([2, 4, 1]), enforce_sorted=False).data, normal(4, 3, 2)
+    ),
     "roll flat": case(lambda x: x.roll(2), normal(3, 4)),
     "rot90": case(torch.rot90, normal(3, 4)),
     "cat": case(pieces(lambda xs: torch.cat(xs, 1)), normal(2, 3), normal(2, 1), normal(2, 2)),
