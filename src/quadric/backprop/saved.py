@@ -56,7 +56,8 @@ def checkpoints(node: Any) -> list[Any]:
     for name in raw_names(type(node)):
         part = getattr(node, name)
         for raw in part if isinstance(part, tuple | list) else (part,):
-            if raw is not None and raw.unpack_hook is not None and isinstance(raw.data, checkpoint._Holder):
+            # Older versions of torch do not show what is packed: there autograd raises its own CheckpointError.
+            if getattr(raw, "unpack_hook", None) is not None and isinstance(raw.data, checkpoint._Holder):
                 held.append(raw.data)
     return held
 
