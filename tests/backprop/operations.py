@@ -504,6 +504,33 @@ NORMS = {
 }
 
 ROWS, COLUMNS = torch.tensor([2, 0, 2]), torch.tensor([1, 3, 1])
+
+
+def invertible(*shape):
+    return Draw(lambda s: torch.randn(s) + 3 * torch.eye(s[-1]), shape)
+
+
+INVERSES = {
+    "inverse": case(torch.linalg.inv, invertible(2, 3, 3)),
+    "solve": case(torch.linalg.solve, invertible(2, 3, 3), normal(2, 3, 2)),
+    "solve one vector": case(torch.linalg.solve, invertible(3, 3), normal(3)),
+    "solve vectors": case(torch.linalg.solve, invertible(2, 3, 3), normal(2, 3)),
+    "solve from the right": case(lambda a, b: torch.linalg.solve(a, b, left=False), invertible(3, 3), normal(2, 3)),
+    "solve many for one": case(torch.linalg.solve, invertible(3, 3), normal(2, 3, 2)),
+    "solve_triangular": case(
+        lambda a, b: torch.linalg.solve_triangular(a, b, upper=False), invertible(2, 3, 3), normal(2, 3, 2)
+    ),
+    "solve_triangular with ones": case(
+        lambda a, b: torch.linalg.solve_triangular(a, b, upper=True, unitriangular=True), normal(3, 3), normal(3, 2)
+    ),
+    "solve_triangular from the right": case(
+        lambda a, b: torch.linalg.solve_triangular(a, b, upper=True, left=False), invertible(3, 3), normal(2, 3)
+    ),
+    "det": case(torch.linalg.det, invertible(2, 3, 3)),
+    "slogdet": case(lambda a: torch.linalg.slogdet(a)[1], invertible(2, 3, 3)),
+    "logdet": case(torch.logdet, Draw(lambda s: torch.rand(s) + 5 * torch.eye(3), (3, 3))),
+}
+
 PICK = torch.tensor([[0, 2, 1, 0], [2, 2, 0, 1]])
 MOVEMENT = {
     "index int": case(lambda x: x[1], normal(3, 4)),
@@ -748,7 +775,17 @@ def attentions(differentiated):
 ATTENTION = attentions("v")
 
 EXACT = (
-    ELEMENTWISE | REDUCTIONS | PRODUCTS | CONVOLUTIONS | LOOKUPS | POOLING | NORMS | MOVEMENT | RESAMPLING | ATTENTION
+    ELEMENTWISE
+    | REDUCTIONS
+    | PRODUCTS
+    | CONVOLUTIONS
+    | LOOKUPS
+    | POOLING
+    | NORMS
+    | INVERSES
+    | MOVEMENT
+    | RESAMPLING
+    | ATTENTION
 )
 
 CLASSES, PIXELS = torch.tensor([2, 0, 1]), torch.tensor([[[0, 2], [1, 1]], [[2, 2], [0, 1]]])

@@ -3,6 +3,7 @@
 from quadric.backprop.rules import (
     attention,
     elementwise,
+    inverses,
     losses,
     movement,
     norms,
@@ -15,6 +16,7 @@ from quadric.backprop.rules import (
 __all__ = [
     "attention",
     "elementwise",
+    "inverses",
     "losses",
     "movement",
     "norms",
