@@ -251,6 +251,201 @@ def deep_set():
     return model, lambda: F.huber_loss(model["all"](model["each"](x).sum(1)), target)
 
 
+class VisionTransformer(nn.Module):
+    """Patches, a token for the class and learnt positions."""
+
+    def __init__(self):
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(6, 2, 8, dropout=0.0, batch_first=True, norm_first=True, activation="gelu")
+        self.patches, self.layer, self.norm, self.head = nn.Conv2d(1, 6, 2, 2), layer, nn.LayerNorm(6), nn.Linear(6, 3)
+        self.token, self.places = nn.Parameter(0.5 * torch.randn(1, 1, 6)), nn.Parameter(0.5 * torch.randn(1, 5, 6))
+
+    def forward(self, x):
+        y = self.patches(x).flatten(2).mT
+        y = torch.cat([self.token.expand(len(x), -1, -1), y], 1) + self.places
+        return self.head(self.norm(self.layer(y)[:, 0]))
+
+
+def vision_transformer():
+    model = VisionTransformer()
+    return model, classify(model, (1, 4, 4), 3)
+
+
+def rotated(x):
+    """Each pair of entries turned by an angle that grows with the place."""
+    angles = torch.arange(x.shape[-2])[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1], dtype=x.dtype)
+    one, two = x.chunk(2, -1)
+    return x * angles.cos() + torch.cat([-two, one], -1) * angles.sin()
+
+
+class Llama(nn.Module):
+    """RMS norms by hand, rotary places, keys and values that two heads share, SwiGLU."""
+
+    def __init__(self):
+        super().__init__()
+        self.tokens, self.scale = nn.Embedding(7, 8), nn.Parameter(torch.ones(2, 8))
+        self.q, self.out = nn.Linear(8, 8, bias=False), nn.Linear(8, 8, bias=False)
+        self.k, self.v = nn.Linear(8, 4, bias=False), nn.Linear(8, 4, bias=False)
+        self.gate, self.up, self.down = nn.Linear(8, 10), nn.Linear(8, 10), nn.Linear(10, 8)
+        self.head = nn.Linear(8, 7)
+
+    def norm(self, x, place):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.scale[place]
+
+    def forward(self, tokens):
+        x = self.tokens(tokens)
+        y = self.norm(x, 0)
+        q, k, v = (part(y).unflatten(-1, (-1, 4)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        attended = F.scaled_dot_product_attention(rotated(q), rotated(k), v, is_causal=True, enable_gqa=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        y = self.norm(x, 1)
+        return self.head(x + self.down(F.silu(self.gate(y)) * self.up(y)))
+
+
+def llama():
+    model = Llama()
+    text = torch.randint(7, (3, 6), generator=torch.Generator().manual_seed(0))
+    return model, lambda: F.cross_entropy(model(text[:, :-1]).flatten(0, 1), text[:, 1:].flatten())
+
+
+def wave_net():
+    model = nn.ModuleList([nn.Conv1d(2, 4, 1), nn.Conv1d(4, 8, 2), nn.Conv1d(4, 8, 2, dilation=2)])
+    model.extend([nn.Conv1d(4, 4, 1), nn.Conv1d(4, 4, 1), nn.Conv1d(4, 5, 1)])
+    x, labels = randn(3, 2, 8), (torch.arange(24) % 5).view(3, 8)
+
+    def loss():
+        y, skipped = model[0](x), 0
+        for place in (1, 2):
+            one, two = model[place](F.pad(y, (place, 0))).chunk(2, 1)
+            z = model[place + 2](torch.tanh(one) * torch.sigmoid(two))
+            y, skipped = y + z, skipped + z
+        return F.cross_entropy(model[5](F.relu(skipped)), labels)
+
+    return model, loss
+
+
+def mixture_of_experts():
+    experts = nn.ModuleList([nn.Sequential(nn.Linear(4, 5), nn.GELU(), nn.Linear(5, 4)) for _ in range(3)])
+    model = nn.ModuleDict({"gate": nn.Linear(4, 3), "experts": experts, "head": nn.Linear(4, 3)})
+    x = randn(10, 4)
+
+    def loss():
+        shares, chosen = model["gate"](x).softmax(-1).topk(2, -1)
+        shares, out = shares / shares.sum(-1, keepdim=True), torch.zeros_like(x)
+        for k, expert in enumerate(experts):
+            rows, places = (chosen == k).nonzero(as_tuple=True)
+            out = out.index_add(0, rows, shares[rows, places, None] * expert(x[rows]))
+        return F.cross_entropy(model["head"](out), torch.arange(10) % 3)
+
+    return model, loss
+
+
+def neural_ode():
+    field = nn.Sequential(nn.Linear(4, 6), nn.Tanh(), nn.Linear(6, 4))
+    model = nn.ModuleDict({"field": field, "head": nn.Linear(4, 3)})
+    x = randn(6, 4)
+
+    def loss():
+        y = x
+        for _ in range(5):
+            y = y + 0.2 * field(y)
+        return F.cross_entropy(model["head"](y), torch.arange(6) % 3)
+
+    return model, loss
+
+
+def hypernetwork():
+    model = nn.ModuleDict({"maker": nn.Linear(3, 72), "head": nn.Linear(4, 3)})
+    code, x = randn(3, seed=2), randn(5, 2, 5, 5)
+
+    def loss():
+        filters = (model["maker"](code) / 5).view(4, 2, 3, 3)
+        return F.cross_entropy(model["head"](F.conv2d(x, filters).tanh().mean((2, 3))), torch.arange(5) % 3)
+
+    return model, loss
+
+
+def normalising_flow():
+    shifts = [nn.Sequential(nn.Linear(2, 5), nn.Tanh(), nn.Linear(5, 4)) for _ in range(2)]
+    mixing = [nn.utils.parametrizations.weight_norm(nn.Linear(4, 4, bias=False)) for _ in range(2)]
+    model, x = nn.ModuleList([*shifts, *mixing]), randn(8, 4)
+
+    def loss():
+        y, volume = x, 0
+        for shift, mix in zip(shifts, mixing, strict=True):
+            weight = mix.weight + 2 * torch.eye(4, dtype=x.dtype)
+            y = y @ weight
+            one, two = y.chunk(2, -1)
+            scale, move = shift(one).chunk(2, -1)
+            y = torch.cat([one, two * scale.tanh().exp() + move], -1)
+            volume = volume + scale.tanh().sum(-1) + torch.linalg.slogdet(weight)[1]
+        return (0.5 * y.pow(2).sum(-1) - volume).mean()
+
+    return model, loss
+
+
+def random_field():
+    model = nn.ModuleDict({"scores": nn.Linear(3, 4)})
+    model.register_parameter("moves", nn.Parameter(0.5 * torch.randn(4, 4)))
+    x, labels = randn(3, 5, 3), (torch.arange(15) % 4).view(3, 5)
+
+    def loss():
+        scores = model["scores"](x)
+        total = scores[:, 0]
+        for t in range(1, 5):
+            total = torch.logsumexp(total.unsqueeze(2) + model.moves, 1) + scores[:, t]
+        own = scores.gather(2, labels[..., None]).sum((1, 2)) + model.moves[labels[:, :-1], labels[:, 1:]].sum(1)
+        return (total.logsumexp(-1) - own).mean()
+
+    return model, loss
+
+
+def mixture_density():
+    model = nn.Sequential(nn.Linear(2, 6), nn.Tanh(), nn.Linear(6, 9))
+    x, y = randn(8, 2), randn(8, seed=1)
+
+    def loss():
+        weights, means, spreads = model(x).chunk(3, -1)
+        parts = torch.distributions.Normal(means, F.softplus(spreads) + 0.1)
+        mixture = torch.distributions.MixtureSameFamily(torch.distributions.Categorical(logits=weights), parts)
+        return -mixture.log_prob(y).mean()
+
+    return model, loss
+
+
+def squeeze_and_excite():
+    model = nn.ModuleDict(
+        {
+            "up": nn.Conv2d(2, 4, 3),
+            "norm": nn.BatchNorm2d(4),
+            "squeeze": nn.Linear(4, 2),
+            "excite": nn.Linear(2, 4),
+            "down": nn.Conv2d(4, 4, 1),
+            "last": nn.BatchNorm2d(4),
+            "head": nn.Linear(4, 3),
+        }
+    )
+
+    def forward(x):
+        y = F.silu(model["norm"](model["up"](x)))
+        gate = torch.sigmoid(model["excite"](F.silu(model["squeeze"](y.mean((2, 3))))))
+        return model["head"]((model["last"](model["down"](y * gate[:, :, None, None])) + y).mean((2, 3)))
+
+    return model, classify(forward, (2, 6, 6), 3)
+
+
+def contrastive():
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3))
+    x = randn(6, 4)
+    near = x + 0.3 * randn(6, 4, seed=1)
+
+    def loss():
+        one, two = F.normalize(model(x), dim=-1), F.normalize(model(near), dim=-1)
+        return F.cross_entropy(one @ two.t() / 0.5, torch.arange(6))
+
+    return model, loss
+
+
 # Builder, and bounds from measured values: of the relative L1 error from above, of the cosine from below.
 NETWORKS = {
     "tanh MLP": (tanh_mlp, 0.12, 0.99),
@@ -270,11 +465,22 @@ NETWORKS = {
     "clipped policy": (clipped_policy, 0.18, 0.99),
     "soft actor": (functools.partial(soft_actor, True), 0.03, 0.999),
     "deep set": (deep_set, 0.6, 0.78),
+    "vision transformer": (vision_transformer, 0.18, 0.99),
+    "LLaMA": (llama, 0.09, 0.99),
+    "WaveNet": (wave_net, 0.06, 0.99),
+    "mixture of experts": (mixture_of_experts, 0.17, 0.99),
+    "neural ODE": (neural_ode, 0.16, 0.98),
+    "hypernetwork": (hypernetwork, 0.02, 0.999),
+    "normalising flow": (normalising_flow, 0.26, 0.94),
+    "random field": (random_field, 0.5, 0.96),
+    "mixture density": (mixture_density, 0.66, 0.85),
 }
 # Where the estimate is poor: terms that cancel, or that multiply each other, come from the same input by several paths.
 POOR = {
     "siamese": (siamese, 1.3),
     "soft actor by log_prob": (functools.partial(soft_actor, False), 3.3),
+    "squeeze and excite": (squeeze_and_excite, 2.1),
+    "contrastive": (contrastive, 6.8),
 }
 LAST = {
     "tanh MLP": "4",
@@ -292,6 +498,12 @@ LAST = {
     "variational": "decoder",
     "clipped policy": "critic",
     "deep set": "all.1",
+    "vision transformer": "head",
+    "LLaMA": "head",
+    "WaveNet": "5",
+    "mixture of experts": "head",
+    "neural ODE": "head",
+    "hypernetwork": "head",
 }
 
 
