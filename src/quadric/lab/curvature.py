@@ -271,7 +271,7 @@ def write(results: dict[str, Any], folder: Path, display: Display) -> Path:
     return page
 
 
-def _told(error: Exception) -> str:
+def _told(error: BaseException) -> str:
     return " ".join(f"{type(error).__name__}: {error}".split())
 
 
