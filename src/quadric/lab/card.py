@@ -130,7 +130,7 @@ def _pictures(card: dict[str, Any]) -> dict[str, Figure]:
         cells = _cells(e)
         guesses.append(
             plots.Guess(
-                label=PANELS.get(e["key"], e["short"]),
+                label=PANELS[e["key"]] if e["key"] in PANELS else e["short"],
                 style=STYLES[e["of"]],
                 marker=marker,
                 filled=filled,
