@@ -355,6 +355,31 @@ def test_bfloat16_under_autocast_and_in_a_model_of_half_precision():
     assert relative(found, expected) < 0.1
 
 
+STRICT = {
+    "max_pool1d": (lambda x: F.max_pool1d(x[0], 2), (1, 2, 3, 6)),
+    "max_pool2d": (lambda x: F.max_pool2d(x, 2), (1, 2, 4, 6)),
+    "adaptive_max_pool2d": (lambda x: F.adaptive_max_pool2d(x, 2), (1, 2, 4, 6)),
+    "avg_pool2d": (lambda x: F.avg_pool2d(x, 3, 2, 1), (1, 2, 4, 6)),
+    "adaptive_avg_pool2d": (lambda x: F.adaptive_avg_pool2d(x, 3), (1, 2, 4, 5)),
+    "index": (lambda x: x[torch.tensor([0, 0, 1])], (3, 4)),
+    "masked": (lambda x: x[torch.tensor([True, False, True])], (3, 4)),
+    "cummax": (lambda x: x.cummax(-1)[0], (3, 4)),
+    "take": (lambda x: x.take(torch.tensor([0, 5, 5])), (3, 4)),
+    "reflected": (lambda x: F.pad(x, (1, 1, 1, 1), mode="reflect"), (1, 2, 4, 4)),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", STRICT)
+def test_operations_that_take_one_type_alone_are_passed_in_half_precision(name, dtype):
+    function, shape = STRICT[name]
+    x = (8 * torch.randn(shape, generator=torch.Generator().manual_seed(3))).round().div(8).requires_grad_()
+    for size in (1.0, 1e-12, 1e12):  # beyond what half precision holds
+        found = hessian_diagonal(size * function(x.to(dtype)).float().pow(2).sum(), [x])
+        expected = hessian_diagonal(size * function(x).pow(2).sum(), [x])
+        assert relative(found, expected) < 0.01
+
+
 # All of them together.
 
 ALL = {"gauss_newton": True, "dtype": torch.bfloat16, "fraction": 0.25, "exact_softmax": True}

@@ -29,6 +29,10 @@ MOVES = (
     "UpsampleNearest2D UpsampleNearest3D UpsampleNearestExact1D UpsampleNearestExact2D UpsampleNearestExact3D View "
     "Where Zero"
 )
+STRICT = (
+    "AdaptiveAvgPool", "AdaptiveMaxPool", "AvgPool", "Cummax", "Cummin", "FractionalMaxPool", "IndexBackward", "Masked",
+    "MaxPool", "ReflectionPad", "ReplicationPad", "Take",
+)  # fmt: skip
 ONE_OF_MANY = "MaxBackward0 MinBackward0 MedianBackward1 NanmedianBackward1 RemainderBackward0 FmodBackward0"
 
 
@@ -37,10 +41,24 @@ def overloads(*stems: str) -> list[str]:
     return [f"{stem}Backward{number}{form}" for stem in stems for number in range(5) for form in ("", "_copy")]
 
 
+def backward(node: Any, *h: Any) -> Any:
+    """A node's own backward, in its own type where it takes no other; half precision holds numbers up to 1 alone."""
+    parts = [part for part in h if part is not None]
+    own, given = node._input_metadata[0].dtype, parts[0].dtype
+    if own == given or not node.name().startswith(STRICT) or not parts[0].numel():
+        return node(*h)
+    largest = torch.stack([part.abs().amax() for part in parts]).amax()
+    scale = torch.where(largest > 0, largest, 1.0)
+    below = node(*(None if part is None else (part / scale).to(own) for part in h))
+    if type(below) is not tuple:
+        return below.to(given) * scale
+    return tuple(None if part is None else part.to(given) * scale for part in below)
+
+
 @linear(*overloads(*MOVES.split()), *ONE_OF_MANY.split(), "torch::autograd::CopyBackwards")
 def move(node: Any, h: Any) -> Any:
     """Every entry of the Jacobian is 0 or 1."""
-    return node(*h) if type(h) is tuple else node(h)
+    return backward(node, *h) if type(h) is tuple else backward(node, h)
 
 
 @linear(*overloads("Deg2Rad", "LeakyRelu", "NativeDropout", "Neg", "Rad2Deg", "RreluWithNoise"))
@@ -182,7 +200,7 @@ def window_sizes(length: int, outputs: int, kernel: int, stride: int, padding: i
 def average_pool(node: Any, h: Tensor) -> Tensor:
     """Average pooling over windows of one size."""
     if node._saved_divisor_override:
-        return node(h) / node._saved_divisor_override
+        return backward(node, h) / node._saved_divisor_override
     kernel = node._saved_kernel_size
     axes, stride = len(kernel), node._saved_stride or kernel
     shape, outputs = node._saved_self.shape[-axes:], h.shape[-axes:]
@@ -192,7 +210,7 @@ def average_pool(node: Any, h: Tensor) -> Tensor:
             node._saved_count_include_pad,
         )  # fmt: skip
         h = h / sizes.to(h).view(-1, *[1] * (axes - 1 - axis))
-    return node(h)
+    return backward(node, h)
 
 
 @linear("AdaptiveAvgPool2DBackward0", "AdaptiveAvgPool3DBackward0")
@@ -204,7 +222,7 @@ def adaptive_average_pool(node: Any, h: Tensor) -> Tensor:
         places = torch.arange(outputs)
         sizes = -(-(places + 1) * length // outputs) - places * length // outputs
         h = h / sizes.to(h).view(-1, *[1] * (axes - 1 - axis))
-    return node(h)
+    return backward(node, h)
 
 
 # Interpolation: separable, so the squares of its weights are the product of squares along each axis.
