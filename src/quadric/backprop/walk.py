@@ -134,56 +134,75 @@ class Walk:
                 other.rivals.append(weakref.ref(self))  # either may begin first
 
     def _pass(self, number: int, gradients: tuple[Tensor | None, ...] | None) -> None:
-        ready = [number]
+        if self.route.reused:
+            with keeping(self.route.reused, self.squares):
+                self._follow(number, gradients)
+        else:
+            self._follow(number, gradients)
+
+    def _follow(self, number: int, gradients: tuple[Tensor | None, ...] | None) -> None:
+        edges, ready = self.route.edges, [number]
         while ready:
             here = ready.pop()
             if here in self.later:
                 self.deferred.append(here)
                 continue
-            below = self._apply(here, gradients if here == number else None)
-            for place, edge in enumerate(self.route.edges[here] if here in self.route.rules else ()):
+            self._capture(here)
+            entry = self.route.rules.get(here)
+            if entry is None:
+                continue
+            below = self._apply(here, entry, gradients if here == number else None)
+            for place, edge in enumerate(edges[here]):
                 if edge is not None and self._deliver(edge, None if below is None else below[place]):
                     ready.append(edge[0])
 
-    def _apply(self, number: int, gradients: tuple[Tensor | None, ...] | None) -> tuple[Tensor | None, ...] | None:
+    def _apply(
+        self, number: int, entry: Entry, gradients: tuple[Tensor | None, ...] | None
+    ) -> tuple[Tensor | None, ...] | None:
         """The h of the inputs of a node, whose g may be given."""
-        self._capture(number)
-        node, arrived, self.arrived[number] = self.route.nodes[number], self.arrived[number], {}
-        known = gradients is not None and any(g is not None for g in gradients)
-        if number not in self.route.rules or not (arrived or known):
+        g, h = self._at(number, entry, gradients)
+        if g is None and h is None:
             return None
-        entry, expected = self.route.rules[number], self.route.outputs[number]
-        for output, h in arrived.items():
-            if list(h.shape) != expected[output].shape:  # a rule may leave it to us to sum over what was broadcast
-                arrived[output] = h.sum_to_size(expected[output].shape)
-        if self.dtype in WIDER and entry.family != "products" and (raw_names(type(node)) or not entry.linear):
-            arrived = {output: h.float() for output, h in arrived.items()}  # half precision is for products
-        g: Any = None
-        if known and not entry.linear and not (self.gauss_newton and arrived):
-            g = tuple(part.float() if part is not None and part.dtype in WIDER else part for part in gradients or ())
-        h: Any = tuple(arrived.get(output) for output in range(len(expected))) if arrived else None
-        if len(expected) == 1:
-            g, h = (part if part is None else part[0] for part in (g, h))
-            if self.block is not None and g is not None:
-                g = self.block.cut(g, h)
+        node = self.route.nodes[number]
         rule = partial(self._written_out, entry) if entry.expands else entry.rule
-        rule = rule if self.block is None else partial(self.block.apply, rule)
-        below: Any
-        if self.route.reused or self.route.checkpointed:
-            with keeping(self.route.reused, self.squares), rereadable(self.route.checkpointed.get(number, ())):
-                below = rule(node, g, h)
+        if self.block is not None:
+            rule = partial(self.block.apply, rule)
+        if number in self.route.checkpointed:
+            with rereadable(self.route.checkpointed[number]):
+                below: Any = rule(node, g, h)
         else:
             below = rule(node, g, h)
-        if below is not None and type(below) is not tuple:
-            below = (below,)
-        if below is not None and len(below) != len(self.route.edges[number]):
+        if below is None:
+            return None
+        below = below if type(below) is tuple else (below,)
+        if len(below) != len(self.route.edges[number]):
             raise ValueError(
                 f"the rule of {node.name()} returned {len(below)} tensors for {len(node.next_functions)} inputs: "
                 "return one for each of node.next_functions, None where there is none"
             )
-        if self.factors is not None and below is not None:
-            below = self.factors.follow(number, node, self.route.edges[number], g, h, below)
-        return below
+        return (
+            below if self.factors is None else self.factors.follow(number, node, self.route.edges[number], g, h, below)
+        )
+
+    def _at(self, number: int, entry: Entry, gradients: tuple[Tensor | None, ...] | None) -> tuple[Any, Any]:
+        """G and h at the outputs of a node, each None where there is none or the rule has no use for it."""
+        arrived, self.arrived[number] = self.arrived[number], {}
+        expected = self.route.outputs[number]
+        half = self.dtype in WIDER and entry.family != "products"  # half precision is for products
+        half = half and (not entry.linear or bool(raw_names(type(self.route.nodes[number]))))
+        for output, h in arrived.items():
+            if list(h.shape) != expected[output].shape:  # a rule may leave it to us to sum over what was broadcast
+                arrived[output] = h = h.sum_to_size(expected[output].shape)
+            if half:
+                arrived[output] = h.float()
+        if gradients is None or entry.linear or (self.gauss_newton and arrived):
+            gradients = (None,) * len(expected)
+        parts = [part.float() if part is not None and part.dtype in WIDER else part for part in gradients]
+        if len(expected) == 1:
+            g, h = parts[0], arrived.get(0)
+            return g if g is None or self.block is None else self.block.cut(g, h), h
+        g = tuple(parts) if any(part is not None for part in parts) else None
+        return g, tuple(arrived.get(output) for output in range(len(expected))) if arrived else None
 
     def _written_out(self, entry: Entry, node: Any, g: Any, h: Any) -> tuple[Tensor | None, ...]:
         """Through a fused operation: y is computed again, and g y + h (y − its value)²/2 is a loss with its g and h."""

@@ -10,7 +10,7 @@ from torch import Tensor
 from quadric.backprop.registry import linear, rule
 from quadric.backprop.rules.elementwise import curved
 from quadric.backprop.saved import axis, wanted
-from quadric.backprop.squares import square
+from quadric.backprop.squares import square, times_square
 
 
 def summed_square(alpha: float, h: Tensor) -> Tensor:
@@ -30,7 +30,7 @@ def mm(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
     """Y = A B."""
     left, right = wanted(node)
     return (
-        h @ square(node._saved_mat2, h).mT if left else None,
+        times_square(h, node._saved_mat2.mT) if left else None,
         of_right(square(node._saved_self, h), h, node._saved_mat2_sym_strides) if right else None,
     )
 
@@ -42,7 +42,7 @@ def addmm(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
     inner = summed_square(node._saved_alpha, h)
     return (
         summed_square(node._saved_beta, h),
-        inner @ square(node._saved_mat2, h).mT if left else None,
+        times_square(inner, node._saved_mat2.mT) if left else None,
         of_right(square(node._saved_mat1, h), inner, node._saved_mat2_sym_strides) if right else None,
     )
 
