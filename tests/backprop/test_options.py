@@ -126,31 +126,67 @@ def products(function):
 # A fraction of the rows.
 
 
+def mean_of_blocks(loss, params, monkeypatch, count=4):
+    """H by every block in turn, averaged."""
+    found = []
+    for chosen in range(count):
+        total = loss()
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "randint", lambda *_, chosen=chosen, **__: torch.tensor(chosen))
+            found.append(hessian_diagonal(total, params, fraction=1 / count))
+    return [sum(parts) / count for parts in zip(*found, strict=True)]
+
+
 @pytest.mark.parametrize("count", [2, 4])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_blocks_of_a_batch_have_the_whole_as_their_mean(name, count, monkeypatch):
     model, loss = build(name)
     params = list(model.parameters())
     whole = hessian_diagonal(loss(), params)
-    found = []
-    for chosen in range(count):
-        monkeypatch.setattr(torch, "randint", lambda *_, chosen=chosen, **__: torch.tensor(chosen))
-        found.append(hessian_diagonal(loss(), params, fraction=1 / count))
-    monkeypatch.undo()
-    close([sum(parts) / count for parts in zip(*found, strict=True)], whole, 1e-12)
-    assert relative(found[0], whole) > 1e-3
+    close(mean_of_blocks(loss, params, monkeypatch, count), whole, 1e-12)
+    assert relative(hessian_diagonal(loss(), params, fraction=1 / count), whole) > 1e-3
 
 
-@pytest.mark.parametrize("rows", [3, 7, 10])
-def test_rows_that_the_blocks_do_not_divide_are_shared_out(rows, monkeypatch):
-    model, loss = build("MLP", rows=rows)
-    params = list(model.parameters())
-    found = []
-    for chosen in range(4):
-        monkeypatch.setattr(torch, "randint", lambda *_, chosen=chosen, **__: torch.tensor(chosen))
-        found.append(hessian_diagonal(loss(), params, fraction=0.25))
-    monkeypatch.undo()
-    close([sum(parts) / 4 for parts in zip(*found, strict=True)], hessian_diagonal(loss(), params), 1e-12)
+@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("rows", [3, 7])
+def test_rows_that_the_blocks_do_not_divide_are_shared_out(name, rows, monkeypatch):
+    model, loss = build(name, rows=rows)
+    close(
+        mean_of_blocks(loss, list(model.parameters()), monkeypatch), hessian_diagonal(loss(), model.parameters()), 1e-12
+    )
+
+
+def time_first():
+    model = nn.ModuleDict({"cell": nn.GRU(3, 5), "head": nn.Linear(5, 4)})
+    x = randn(5, 3, 3)
+    return model, lambda: F.cross_entropy(model["head"](model["cell"](x)[0]).flatten(0, 1), torch.arange(15) % 4)
+
+
+def instance_norm():
+    model = nn.Sequential(nn.Conv2d(2, 3, 2), nn.InstanceNorm2d(3), nn.SiLU(), nn.Flatten(), nn.Linear(27, 4))
+    x = randn(4, 2, 4, 4)
+    return model, lambda: F.cross_entropy(model(x), torch.arange(4))
+
+
+def scan():
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 4))
+    x = randn(8, 5, 3)
+    return model, lambda: F.cross_entropy(model(x).cumsum(0).tanh().flatten(0, 1), torch.arange(40) % 4)
+
+
+def mixed_tokens():
+    layer = nn.TransformerEncoderLayer(8, 2, 12, dropout=0.0, batch_first=True)
+    model = nn.ModuleDict({"layer": layer, "head": nn.Linear(8, 4)})
+    x = randn(3, 5, 8)
+    return model, lambda: F.cross_entropy(model["head"](model["layer"](x)).flatten(0, 1), torch.arange(15) % 4)
+
+
+@pytest.mark.parametrize("make", [time_first, instance_norm, scan, mixed_tokens])
+def test_it_is_unbiased_where_the_first_axis_is_not_that_of_examples(make, monkeypatch):
+    torch.manual_seed(0)
+    model, loss = make()
+    params = list(model.double().parameters())
+    close(mean_of_blocks(loss, params, monkeypatch), hessian_diagonal(loss(), params), 1e-12)
 
 
 @pytest.mark.parametrize("name", ["MLP", "convolutions"])
@@ -323,7 +359,7 @@ def test_bfloat16_gives_nearly_the_same_in_single(name):
     assert 1e-5 < relative(found, expected) < 0.02
 
 
-@pytest.mark.parametrize("name", ["MLP", "batch norm", "LSTM"])
+@pytest.mark.parametrize("name", NETWORKS)
 def test_double_is_for_those_who_want_it(name):
     model, loss = build(name, torch.float32)
     params = list(model.parameters())
@@ -378,6 +414,15 @@ def test_operations_that_take_one_type_alone_are_passed_in_half_precision(name, 
         found = hessian_diagonal(size * function(x.to(dtype)).float().pow(2).sum(), [x])
         expected = hessian_diagonal(size * function(x).pow(2).sum(), [x])
         assert relative(found, expected) < 0.01
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_model_in_double_takes_bfloat16(name):
+    model, loss = build(name)
+    params = list(model.parameters())
+    found = hessian_diagonal(loss(), params, dtype=torch.bfloat16)
+    assert {h.dtype for h in found} == {torch.float64}
+    assert relative(found, hessian_diagonal(loss(), params)) < 0.02
 
 
 # All of them together.

@@ -26,6 +26,7 @@ ELEMENTWISE = frozenset(
     {name for name, entry in RULES.items() if entry.family == "elementwise"}
     - {"GluBackward0", "PreluKernelBackward0", "torch::autograd::CopySlices"}
     | set(overloads("Add", "Addcdiv", "Addcmul", "Clamp", "ClampMax", "ClampMin", "Clone", "Hardsigmoid", "Hardtanh"))
+    | {"BinaryCrossEntropyBackward0", "BinaryCrossEntropyWithLogitsBackward0"}
     | set(overloads("LeakyRelu", "Lerp", "MaskedFill", "Mul", "Neg", "Relu", "Rsub", "Sub", "Threshold", "Where"))
 )
 

@@ -1,8 +1,8 @@
 """h from a part of the batch: the second derivatives of some rows of the loss, times the inverse of their share.
 
-Rules are linear in g and h together, so that h of a random block of rows, each with the same chance, is unbiased. Where
-h is zero outside the block, g is cut to the block too and products are formed of its rows alone; where some operation
-has spread h over the batch, both go on whole, which costs time and no bias.
+Rules are linear in g and h together, so that with g cut to a random block of rows, each with the same chance, h is
+unbiased. Where it is zero outside the block, products are formed of the block's rows alone; where some operation has
+spread it over the batch, of all rows, which costs time and no bias.
 """
 
 from __future__ import annotations
@@ -64,16 +64,16 @@ class RowBlock:
         """The first row of the block and the one behind it."""
         return rows * self.chosen // self.count, rows * (self.chosen + 1) // self.count
 
-    def holds(self, h: Tensor | None) -> bool:
-        """Whether there is no h yet, or none outside the block."""
-        if h is None or h.ndim == 0:
-            return h is None
+    def holds(self, h: Tensor) -> bool:
+        """Whether h is zero outside the block."""
+        if h.ndim == 0:
+            return False
         start, stop = self.bounds(len(h))
         return not bool(h[:start].any()) and not bool(h[stop:].any())
 
-    def cut(self, g: Tensor, h: Tensor | None) -> Tensor:
-        """G as the block alone has it, scaled, where h is that of the block alone."""
-        if g.ndim == 0 or not self.holds(h):
+    def cut(self, g: Tensor | None) -> Tensor | None:
+        """The rows of the block in g, scaled by the inverse of their share, among zeros."""
+        if g is None or g.ndim == 0:
             return g
         start, stop = self.bounds(len(g))
         return self.padded(g[start:stop] * self.count, len(g), start)

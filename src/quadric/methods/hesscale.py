@@ -8,7 +8,8 @@ h is HesScale's estimate of the diagonal of the loss's Hessian, carried back bes
 :func:`quadric.hessian_diagonal`. It may be negative, so its square is averaged. Two safeguards bound a step where the
 curvature is nearly zero: a clip of each entry, and a trust region of the whole step.
 
-Cost: about two thirds of forward and backward, or that over ``refresh_every``, and ten passes over the parameters.
+Cost: half of forward and backward to all of it once more, or that over ``refresh_every``, and ten passes over the
+parameters; two thirds are the floor where products dominate.
 Memory: 5 numbers a parameter.
 
 Paper: Elsayed and Mahmood, HesScale: Scalable Computation of Hessian Diagonals, 2022, arXiv 2210.11639. The trust
@@ -123,7 +124,8 @@ class AdaHesScale(CurvatureOptimizer):
 
     Under ``torch.distributed`` h is averaged over all processes, as gradients are; each of them must take every step.
 
-    Cost: about two thirds of forward and backward every ``refresh_every`` steps. Memory: 5 numbers a parameter.
+    Cost: half of forward and backward to all of it once more, every ``refresh_every`` steps. Memory: 5 numbers a
+    parameter.
 
     Args:
         params: parameters or parameter groups.
@@ -201,8 +203,12 @@ class AdaHesScale(CurvatureOptimizer):
             value = group[name]
             require(value is None or value > 0, name, value, f"{name} > 0", "None turns it off")
         check_fraction(group["fraction"])
+        dtype = group["dtype"]
+        real = dtype is None or dtype.is_floating_point
+        require(real, "dtype", dtype, "dtype is a floating-point type", "torch.bfloat16 saves time")
         every = group["refresh_every"]
-        require(isinstance(every, int) and every >= 1, "refresh_every", every, "a whole number ≥ 1", "10 is cheap")
+        whole = isinstance(every, int) and every >= 1
+        require(whole, "refresh_every", every, "refresh_every ≥ 1 and whole", "10 is cheap")
 
     def _forget(self) -> None:
         super()._forget()
