@@ -187,6 +187,7 @@ def verdict(results: dict[str, Any], ranked: Sequence[Standing]) -> tuple[str, s
             text += f"{second.name}, {role}, ended at {theirs} in the others"
             return f"No clear winner on {task}", f"{text}{_pace(results, ranked)}."
     gap, noise = abs(first.metric.mean - second.metric.mean), _noise(first.metric, second.metric)
+    gap = gap if gap > 1e-6 * abs(first.metric.mean) else 0.0  # means of equal numbers differ by their rounding
     apart = f"{_difference(gap, places)}{' points' if metric['unit'] == '%' else unit_of(metric)}"
     if noise is None:
         headline = f"{first.name} ahead on {task}"
