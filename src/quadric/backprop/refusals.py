@@ -87,7 +87,7 @@ def unsupported(node: Any, targets: Sequence[Tensor], remedy: str | None = None)
     remedy = remedy or REMEDIES.get(
         name,
         f"give a rule with quadric.register_rule({name!r}, rule), give a custom Function a static method "
-        'hessian_diagonal(ctx, g, h), or pass fallback="gauss_newton" or "zero"',
+        'hessian_diagonal(ctx, g, h), or pass hessian_diagonal fallback="gauss_newton" or "zero"',
     )
     return UnsupportedOperation(
         f"there is no rule for the Hessian diagonal through {name}{where} (nearest parameters: "
