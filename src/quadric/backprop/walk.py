@@ -18,7 +18,7 @@ from quadric.backprop.refusals import check_finite, check_loss, check_targets
 from quadric.backprop.registry import Entry
 from quadric.backprop.route import Edge, Route, ancestors
 from quadric.backprop.sampling import RowBlock, check_fraction
-from quadric.backprop.saved import raw_names, rereadable
+from quadric.backprop.saved import raw_names, rereadable, widened
 from quadric.backprop.squares import keeping
 
 __all__ = ["Walk", "hessian_diagonal"]
@@ -185,7 +185,7 @@ class Walk:
         )
 
     def _at(self, number: int, entry: Entry, gradients: tuple[Tensor | None, ...] | None) -> tuple[Any, Any]:
-        """G and h at the outputs of a node, each None where there is none or the rule has no use for it."""
+        """The g and h at the outputs of a node, each None where there is none or the rule has no use for it."""
         arrived, self.arrived[number] = self.arrived[number], {}
         expected = self.route.outputs[number]
         # A type of one's own is for products; other kernels want h in that of what they saved.
@@ -199,12 +199,11 @@ class Walk:
                 arrived[output] = self._converted(h, WIDER.get(dtype, dtype))
         if gradients is None or entry.linear or (self.gauss_newton and arrived):
             gradients = (None,) * len(expected)
-        parts = [part.float() if part is not None and part.dtype in WIDER else part for part in gradients]
+        parts = [part if part is None else widened(part) for part in gradients]
         if self.block is not None:
             parts = [self.block.cut(part) for part in parts]
         if len(expected) == 1:
-            g, h = parts[0], arrived.get(0)
-            return g, h
+            return parts[0], arrived.get(0)
         g = tuple(parts) if any(part is not None for part in parts) else None
         return g, tuple(arrived.get(output) for output in range(len(expected))) if arrived else None
 

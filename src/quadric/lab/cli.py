@@ -273,9 +273,9 @@ def curvature(
     """  # noqa: D301
     import torch
 
-    from quadric.lab.curvature import UNITS, Options, compare, subject_of_task, subject_of_user, training_steps, write
+    from quadric.lab.curvature import UNITS, Options, compare, subject_of_task, subject_of_user, write
     from quadric.lab.display import Display
-    from quadric.lab.train import choose_device, make_reproducible
+    from quadric.lab.train import choose_device, make_reproducible, training_steps
 
     theirs = model is not None and ":" in model
     if theirs:
@@ -298,7 +298,7 @@ def curvature(
     name = str(model) if data is None else f"{data.name}-{model or data.model}"
     folder = out or _folder_under_runs(f"curvature-{name}".replace(":", "-"), False)
     refuse_taken(folder)
-    steps = 0 if data is None else training_steps(data, epochs)
+    steps = 0 if data is None else training_steps(data, data.batch_size, epochs)
     display = Display(console, steps + UNITS)
     words: list[str] = ctx.obj
     try:

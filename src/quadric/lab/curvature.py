@@ -23,7 +23,7 @@ from quadric.lab.models import build_model
 from quadric.lab.optimizers import find_entrant
 from quadric.lab.race import format_metric
 from quadric.lab.tasks import Task
-from quadric.lab.train import Plan, Progress, epoch_order, evaluate, train
+from quadric.lab.train import Plan, Progress, epoch_order, evaluate, train, training_steps
 
 UNITS = 1000  # of the progress bar, for everything after the training
 OPTIMIZER = "adamw"  # trains before the estimates are compared: they are strangers to it
@@ -116,7 +116,7 @@ def _trained(
     def watch(progress: Progress, loss: float) -> bool:
         return display.step(progress.step, f"loss {loss:.3f}")
 
-    steps = training_steps(task, epochs)
+    steps = training_steps(task, task.batch_size, epochs)
     display.begin(f"training, {entrant.name}", steps)
     progress, network, _ = train(plan, task, device, watch=watch)
     display.end(steps)
@@ -126,11 +126,6 @@ def _trained(
         )
     metric = format_metric(task, evaluate(network, task.to(device))[1])
     return network, f"after {epochs} {'epoch' if epochs == 1 else 'epochs'} of {entrant.name} (test {metric})"
-
-
-def training_steps(task: Task, epochs: int) -> int:
-    """Steps of the training before the estimates are compared."""
-    return epochs * (len(task.train[0]) // min(task.batch_size, len(task.train[0])))
 
 
 def load_weights(model: nn.Module, path: Path) -> None:

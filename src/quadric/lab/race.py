@@ -23,7 +23,7 @@ from quadric.lab.display import Display
 from quadric.lab.models import build_model
 from quadric.lab.optimizers import build_optimizer, find_entrant
 from quadric.lab.tasks import Task
-from quadric.lab.train import Plan, Progress, Saving, Watch, describe_run, save, train
+from quadric.lab.train import Plan, Progress, Saving, Watch, describe_run, save, train, training_steps
 
 
 @dataclass(frozen=True)
@@ -229,7 +229,7 @@ def describe_race(
         f"{len(task.test[0]):,} test examples",
         "parameters": parameters,
         "epochs": race.epochs,
-        "steps": _steps(task, race.batch_size, race.epochs),
+        "steps": training_steps(task, race.batch_size, race.epochs),
         "batch_size": race.batch_size,
         "schedule": race.schedule,
         "seeds": race.seeds,
@@ -278,14 +278,9 @@ def check_race(race: Race, task: Task) -> None:
 
 def count_steps(race: Race, task: Task) -> int:
     """Steps of all trials and runs."""
-    trial = _steps(task.for_tuning(), race.batch_size, race.tune_epochs) if race.rates else 0
-    run = _steps(task, race.batch_size, race.epochs)
+    trial = training_steps(task.for_tuning(), race.batch_size, race.tune_epochs) if race.rates else 0
+    run = training_steps(task, race.batch_size, race.epochs)
     return len(race.optimizers) * (len(race.rates) * trial + len(race.seeds) * run)
-
-
-def _steps(task: Task, batch_size: int, epochs: int) -> int:
-    examples = len(task.train[0])
-    return epochs * (examples // min(batch_size, examples))
 
 
 def _trial(race: Race, track: Track, name: str, lr: float) -> dict[str, Any]:
@@ -319,7 +314,7 @@ def _finished(
     race: Race, track: Track, task: Task, plan: Plan, path: Path, label: str, tensorboard: Path | None = None
 ) -> dict[str, Any]:
     # The run that the file holds; trained first where there is no such file.
-    steps = _steps(task, plan.batch_size, plan.epochs)
+    steps = training_steps(task, plan.batch_size, plan.epochs)
     if not path.exists():
         saving = track.saving(path.with_suffix(".checkpoint.pt"))
         device = torch.device(race.device)

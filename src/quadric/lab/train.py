@@ -102,6 +102,12 @@ class Saving:
 Watch = Callable[[Progress, float], bool]
 
 
+def training_steps(task: Task, batch_size: int, epochs: int) -> int:
+    """Steps of a run; a rest that fills no batch is left out of an epoch."""
+    examples = len(task.train[0])
+    return epochs * (examples // min(batch_size, examples))
+
+
 def train(
     plan: Plan,
     task: Task,

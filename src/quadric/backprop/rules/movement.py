@@ -93,10 +93,15 @@ def scale_by_number(node: Any, h: Tensor) -> Tensor:
     return node(node(h))
 
 
+def of_multiple(alpha: float, h: Tensor) -> Tensor:
+    """The h of x where that of α x is given: α² h."""
+    return h if alpha in (1, -1) else h * alpha**2
+
+
 @linear("AddBackward0", "SubBackward0")
 def add(node: Any, h: Tensor) -> tuple[Tensor, Tensor]:
     """Y = x ± α z."""
-    return h, h if node._saved_alpha in (1, -1) else h * node._saved_alpha**2
+    return h, of_multiple(node._saved_alpha, h)
 
 
 @linear("AddBackward1", "SubBackward1")
@@ -108,7 +113,7 @@ def add_number(node: Any, h: Tensor) -> Tensor:
 @linear("RsubBackward0", "RsubBackward1")
 def subtract_from(node: Any, h: Tensor) -> Any:
     """Y = z − α x."""
-    scaled = h if node._saved_alpha in (1, -1) else h * node._saved_alpha**2
+    scaled = of_multiple(node._saved_alpha, h)
     return (scaled, h) if len(node.next_functions) == 2 else scaled
 
 

@@ -9,13 +9,9 @@ from torch import Tensor
 
 from quadric.backprop.registry import linear, rule
 from quadric.backprop.rules.elementwise import curved
+from quadric.backprop.rules.movement import of_multiple
 from quadric.backprop.saved import axis, wanted
 from quadric.backprop.squares import square, times_square
-
-
-def summed_square(alpha: float, h: Tensor) -> Tensor:
-    """α² h."""
-    return h if alpha == 1 else h * alpha**2
 
 
 def of_right(left_squared: Tensor, h: Tensor, strides: tuple[int, ...]) -> Tensor:
@@ -39,9 +35,9 @@ def mm(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
 def addmm(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
     """Y = β C + α A B."""
     _, left, right = wanted(node)
-    inner = summed_square(node._saved_alpha, h)
+    inner = of_multiple(node._saved_alpha, h)
     return (
-        summed_square(node._saved_beta, h),
+        of_multiple(node._saved_beta, h),
         times_square(inner, node._saved_mat2.mT) if left else None,
         of_right(square(node._saved_mat1, h), inner, node._saved_mat2_sym_strides) if right else None,
     )
@@ -61,9 +57,9 @@ def bmm(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
 def baddbmm(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
     """Y = β C + α A B for each element of a batch, or summed over the batch."""
     _, left, right = wanted(node)
-    inner = summed_square(node._saved_alpha, h)
+    inner = of_multiple(node._saved_alpha, h)
     return (
-        summed_square(node._saved_beta, h),
+        of_multiple(node._saved_beta, h),
         inner @ square(node._saved_batch2, h).mT if left else None,
         square(node._saved_batch1, h).mT @ inner if right else None,
     )
@@ -83,9 +79,9 @@ def mv(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
 def addmv(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
     """Y = β c + α A x."""
     _, left, right = wanted(node)
-    inner = summed_square(node._saved_alpha, h)
+    inner = of_multiple(node._saved_alpha, h)
     return (
-        summed_square(node._saved_beta, h),
+        of_multiple(node._saved_beta, h),
         torch.outer(inner, square(node._saved_vec, h)) if left else None,
         square(node._saved_mat, h).mT @ inner if right else None,
     )
@@ -95,9 +91,9 @@ def addmv(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
 def addr(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
     """Y = β C + α a bᵀ."""
     _, left, right = wanted(node)
-    inner = summed_square(node._saved_alpha, h)
+    inner = of_multiple(node._saved_alpha, h)
     return (
-        summed_square(node._saved_beta, h),
+        of_multiple(node._saved_beta, h),
         inner @ square(node._saved_vec2, h) if left else None,
         square(node._saved_vec1, h) @ inner if right else None,
     )
@@ -129,7 +125,7 @@ def mul(node: Any, h: Tensor) -> tuple[Tensor | None, Tensor | None]:
 def addcmul(node: Any, h: Tensor) -> tuple[Tensor | None, ...]:
     """Y = c + v a b, elementwise."""
     _, left, right = wanted(node)
-    inner = summed_square(node._saved_value, h)
+    inner = of_multiple(node._saved_value, h)
     return (
         h,
         inner * square(node._saved_tensor2, h) if left else None,
