@@ -92,6 +92,8 @@ def test_help_has_examples_and_names_everything(quadric):
         ("race --schedule linear", "'--schedule'"),
         ("race --bogus", "No such option: --bogus"),
         ("race --augment --task regression", "needs --data-dir"),
+        ("race --augment --task digits-autoencoder", "--augment is for images with labels, and digits-autoencoder"),
+        ("race --model autoencoder", "or --task digits-autoencoder"),
         ("race --resume", "there is nothing to resume in runs/race-digits-mlp"),
         ("train --optimizer adam", "there is no optimizer 'adam'"),
         ("train --lr 0", "--lr must be a positive number, not 0.0"),

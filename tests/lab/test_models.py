@@ -23,6 +23,14 @@ def like(kind, shape, outputs, name="a task"):
         ("3c3d", "image", (1, 28, 28), 10, 895_210 - 2 * 25 * 64),
         ("resnet20", "image", (3, 32, 32), 10, 272_474),  # M-FAC's, projection shortcuts
         ("resnet20", "image", (1, 8, 8), 10, 272_474 - 2 * 9 * 16),
+        ("autoencoder", "reconstruction", (1, 28, 28), 784, 2_837_314),  # Hinton and Salakhutdinov's
+        (
+            "autoencoder",
+            "reconstruction",
+            (1, 8, 8),
+            64,
+            65 * 128 + 129 * 64 + 65 * 32 + 33 * 8 + 9 * 32 + 33 * 64 + 65 * 128 + 129 * 64,
+        ),
         ("gpt", "text", (128,), 65, 2 * 65 * 128 + 128 * 128 + 4 * (12 * 128**2 + 13 * 128) + 256),
     ],
 )
@@ -54,6 +62,17 @@ def test_residual_network_carries_the_names_of_the_published_one():
     assert "layer1.0.downsample.0.weight" not in names
 
 
+def test_the_autoencoder_has_a_linear_code_and_linear_logits():
+    model = build_model("autoencoder", like("reconstruction", (1, 28, 28), 784))
+    widths = [module.in_features for module in model if isinstance(module, torch.nn.Linear)]
+    assert widths == [784, 1000, 500, 250, 30, 250, 500, 1000]
+    followed = [name for name, _ in model.named_children() if name.startswith("relu")]
+    assert followed == ["relu1", "relu2", "relu3", "relu5", "relu6", "relu7"]
+    code = model[:8](torch.rand(4, 1, 28, 28))
+    assert code.shape == (4, 30)
+    assert code.min() < 0
+
+
 def test_impossible_pairs_are_one_sentence():
     with pytest.raises(LabError, match=r"there is no model 'vgg'; choose one of logistic, mlp"):
         build_model("vgg", like("image", (1, 8, 8), 10, "digits"))
@@ -63,4 +82,8 @@ def test_impossible_pairs_are_one_sentence():
         build_model("mlp", like("text", (128,), 65, "shakespeare"))
     with pytest.raises(LabError, match=r"at least 10x10, not 8x8"):
         build_model("3c3d", like("image", (1, 8, 8), 10, "digits"))
-    assert set(MODELS) == {"logistic", "mlp", "3c3d", "resnet20", "gpt"}
+    with pytest.raises(LabError, match=r"autoencoder takes reconstruction .*, or --task mnist-autoencoder"):
+        build_model("autoencoder", like("image", (1, 28, 28), 10, "mnist"))
+    with pytest.raises(LabError, match=r"choose --model autoencoder"):
+        build_model("mlp", like("reconstruction", (1, 8, 8), 64, "digits-autoencoder"))
+    assert set(MODELS) == {"logistic", "mlp", "3c3d", "resnet20", "gpt", "autoencoder"}

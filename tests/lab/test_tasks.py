@@ -178,6 +178,30 @@ def test_text_windows_predict_the_next_byte(tmp_path):
         load_task(str(tmp_path / "note.txt"))
 
 
+def test_an_autoencoder_task_gives_back_its_own_images():
+    digits, task = load_task("digits"), load_task("digits-autoencoder")
+    assert (task.name, task.kind, task.shape, task.outputs) == ("digits-autoencoder", "reconstruction", (1, 8, 8), 64)
+    assert torch.equal(task.train[0], digits.train[0])
+    assert torch.equal(task.test[1], digits.test[0])
+    inputs, stored = task.for_tuning().test
+    pixels = task.prepare(inputs)
+    assert (pixels.min(), pixels.max()) == (0, 1)
+    # Every pixel told to be a half: 64 times one bit, and the squared distances from grey.
+    outputs = torch.zeros(len(inputs), 64)
+    assert task.loss(outputs, stored).item() == pytest.approx(64 * math.log(2), rel=1e-5)
+    error = task.metric.finish(task.metric.score(outputs, stored).mean().item())
+    assert error == pytest.approx(64 * (pixels - 0.5).square().mean().item(), rel=1e-5)
+    assert not task.metric.higher_is_better
+
+
+def test_every_image_set_has_an_autoencoder_task(tmp_path):
+    image_file(tmp_path, "cifar10.npz", shape=(32, 32, 3))
+    task = load_task("cifar10-autoencoder", tmp_path)
+    assert (task.outputs, task.labels, task.model, task.target) == (3072, "bernoulli", "autoencoder", None)
+    with pytest.raises(LabError, match="there is no task 'shakespeare-autoencoder'"):
+        load_task("shakespeare-autoencoder", tmp_path)
+
+
 def test_bits_of_a_uniform_guess():
     outputs, targets = torch.zeros(2, 3, 8), torch.zeros(2, 3, dtype=torch.long)
     assert BITS.finish(BITS.score(outputs, targets).mean().item()) == pytest.approx(3)

@@ -173,6 +173,16 @@ def test_text_and_regression_train():
         assert progress.history[-1]["test_metric"] < 3  # the standard deviation of y is 10
 
 
+@pytest.mark.parametrize("optimizer", ["adamw", "ginger-sampled", "adahesscale"])
+def test_an_autoencoder_trains(optimizer):
+    task = load_task("digits-autoencoder").first(200)
+    progress, _, _ = train.train(plan(optimizer, lr=1e-3, model="autoencoder", epochs=10), task, CPU)
+    first, last = progress.history[0], progress.history[-1]
+    assert progress.error is None
+    assert last["train_loss"] < 0.9 * first["train_loss"]
+    assert last["test_metric"] < 4.5  # the mean image, which needs no code, leaves 4.8
+
+
 def test_an_optimizer_with_a_backward_of_its_own_looks_at_every_loss(digits):
     progress, _, optimizer = train.train(plan("adahesscale", epochs=1), digits, CPU)
     assert (progress.step, progress.error) == (6, None)

@@ -80,13 +80,15 @@ class Common:
     task: Annotated[
         str,
         Option(
-            help="digits (comes with the package), mnist, fashion-mnist, cifar10, shakespeare, regression[:NAME], "
-            "or the path of a text file."
+            help="digits (comes with the package), mnist, fashion-mnist or cifar10, each also followed by "
+            "-autoencoder as in mnist-autoencoder; shakespeare, regression[:NAME], or the path of a text file."
         ),
     ] = "digits"
     text: Annotated[Path | None, Option(help="Learn this text file, character by character.")] = None
     data_dir: DataDir = None
-    model: Annotated[str | None, Option(help="logistic, mlp, 3c3d, resnet20 or gpt. [default: the task's]")] = None
+    model: Annotated[
+        str | None, Option(help="logistic, mlp, 3c3d, resnet20, gpt or autoencoder. [default: the task's]")
+    ] = None
     epochs: Annotated[int | None, Option(min=1, help="Passes over the training set. [default: the task's]")] = None
     batch_size: Annotated[int | None, Option(min=1, help="Examples in a step. [default: the task's]")] = None
     examples: Annotated[int | None, Option(min=1, help="Use only so many training examples. [default: all]")] = None
@@ -232,8 +234,8 @@ def curvature(
     task: Annotated[
         str | None,
         Option(
-            help="digits, mnist, fashion-mnist, cifar10, shakespeare, regression[:NAME], or the path of a text file. "
-            "[default: digits]"
+            help="digits, mnist, fashion-mnist or cifar10, each also followed by -autoencoder; shakespeare, "
+            "regression[:NAME], or the path of a text file. [default: digits]"
         ),
     ] = None,
     text: Annotated[Path | None, Option(help="Take this text file, character by character.")] = None,
@@ -241,8 +243,9 @@ def curvature(
     model: Annotated[
         str | None,
         Option(
-            help="logistic, mlp, 3c3d, resnet20 or gpt [default: the task's]; or module:function, a function of your "
-            "own that returns (model, loss_fn, batch), where loss_fn(model, batch) is the scalar loss.",
+            help="logistic, mlp, 3c3d, resnet20, gpt or autoencoder [default: the task's]; or module:function, a "
+            "function of your own that returns (model, loss_fn, batch), where loss_fn(model, batch) is the scalar "
+            "loss.",
         ),
     ] = None,
     epochs: Annotated[int, Option(min=0, help="Train the model of a task so long first, with AdamW.")] = 0,
@@ -353,7 +356,7 @@ def start(
     if common.examples is not None:
         task = task.first(common.examples)
     if common.augment and task.kind != "image":
-        raise LabError(f"--augment shifts images, and {task.name} has none; leave it out")
+        raise LabError(f"--augment is for images with labels, and {task.name} has none; leave it out")
     if threads := common.threads or task.threads:
         torch.set_num_threads(threads)
     epochs = common.epochs or task.epochs

@@ -1,6 +1,8 @@
 """The networks of the lab, each shaped by the task it is built for."""
 
+import itertools
 import math
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
 import torch
@@ -8,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from quadric.lab import LabError
-from quadric.lab.tasks import Task
+from quadric.lab.tasks import RECONSTRUCTION, Task
 
 
 def logistic(shape: Sequence[int], outputs: int) -> nn.Module:
@@ -54,6 +56,30 @@ def three_c_three_d(shape: Sequence[int], outputs: int) -> nn.Module:
     size = features(torch.zeros(1, *shape)).shape[1]
     head = (nn.Linear(size, 512), nn.ReLU(), nn.Linear(512, 256), nn.ReLU(), nn.Linear(256, outputs))
     return nn.Sequential(*features, *head)
+
+
+def autoencoder(shape: Sequence[int], outputs: int) -> nn.Module:
+    """The classic deep auto-encoder of MNIST, 784-1000-500-250-30-250-500-1000-784: 2,837,314 parameters.
+
+    The widths are those of Hinton and Salakhutdinov (Science 313, 2006), which second-order methods have been tried on
+    ever since; hidden layers are ReLU, the code and the logits of the pixels are linear. For small inputs (up to 100
+    numbers) the code has 8 numbers and the layers are 128, 64 and 32 wide. Linear layers are named ``layer1`` to
+    ``layer8``.
+    """
+    inputs = math.prod(shape)
+    encoder = (128, 64, 32, 8) if inputs <= 100 else (1000, 500, 250, 30)
+    widths = (inputs, *encoder, *reversed(encoder[:-1]), outputs)
+    linear = (len(encoder), len(widths) - 1)
+    layers: OrderedDict[str, nn.Module] = OrderedDict(flatten=nn.Flatten())
+    for number, (before, after) in enumerate(itertools.pairwise(widths), start=1):
+        layers[f"layer{number}"] = nn.Linear(before, after)
+        if number not in linear:
+            layers[f"relu{number}"] = nn.ReLU()
+    for layer in layers.values():
+        if isinstance(layer, nn.Linear):  # He's scale: torch's default lets a signal through eight layers die
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            nn.init.zeros_(layer.bias)
+    return nn.Sequential(layers)
 
 
 class ResidualBlock(nn.Module):
@@ -178,6 +204,7 @@ MODELS: dict[str, tuple[Builder, tuple[str, ...]]] = {
     "3c3d": (three_c_three_d, ("image",)),
     "resnet20": (ResNet20, ("image",)),
     "gpt": (GPT, ("text",)),
+    "autoencoder": (autoencoder, ("reconstruction",)),
 }
 
 
@@ -197,6 +224,8 @@ def build_model(name: str, task: Task) -> nn.Module:
     build, kinds = MODELS[name]
     if task.kind not in kinds:
         able = ", ".join(other for other, (_, takes) in MODELS.items() if task.kind in takes)
+        if "reconstruction" in kinds and task.kind == "image":
+            able += f", or --task {task.name}{RECONSTRUCTION}"
         raise LabError(
             f"{name} takes {' or '.join(kinds)} inputs, and {task.name} has {task.kind}: choose --model {able}"
         )

@@ -22,6 +22,7 @@ from quadric.lab.checkpoint import DAMAGED, write_atomically
 
 CACHE = Path.home() / ".cache" / "quadric"
 TEXT_LENGTH = 128  # tokens a language model sees
+RECONSTRUCTION = "-autoencoder"  # ends the name of a task that gives the images of another one back
 SPLIT_SEED = 2026  # which examples are test, validation, or the first N: the same for every run and every seed
 
 
@@ -56,7 +57,7 @@ class Task:
         test: The same for the examples that only judge.
         prepare: Stored inputs -> what a model takes.
         shape: Shape of one prepared input.
-        outputs: Classes, size of the alphabet, or numbers to predict.
+        outputs: Classes, size of the alphabet, pixels, or numbers to predict.
         loss: (outputs, targets) -> scalar, the mean over the batch.
         metric: The number people quote.
         labels: What a model of this task predicts, for labels sampled from it.
@@ -70,7 +71,7 @@ class Task:
 
     name: str
     title: str
-    kind: Literal["image", "table", "text"]
+    kind: Literal["image", "table", "text", "reconstruction"]
     train: tuple[Tensor, Tensor]
     test: tuple[Tensor, Tensor]
     prepare: Callable[[Tensor], Tensor]
@@ -78,7 +79,7 @@ class Task:
     outputs: int
     loss: Callable[[Tensor, Tensor], Tensor]
     metric: Metric
-    labels: Literal["categorical", "gaussian"]
+    labels: Literal["categorical", "bernoulli", "gaussian"]
     model: str
     epochs: int
     batch_size: int
@@ -187,6 +188,44 @@ def image_task(
         epochs=epochs,
         batch_size=batch_size,
         target=target,
+    )
+
+
+def reconstruction_task(images: Task) -> Task:
+    """Give the images of another task back through a narrow code; its labels are not used.
+
+    Pixels go to [0, 1] and are probabilities: the loss is the binary cross-entropy and the metric the squared error,
+    both summed over the pixels of an image.
+
+    Args:
+        images: A task that classifies them.
+    """
+
+    def pixels(stored: Tensor) -> Tensor:
+        return (images.prepare(stored) + 1) / 2
+
+    def loss(outputs: Tensor, stored: Tensor) -> Tensor:
+        told = pixels(stored).flatten(1)
+        return F.binary_cross_entropy_with_logits(outputs, told, reduction="sum") / len(outputs)
+
+    def squared_error(outputs: Tensor, stored: Tensor) -> Tensor:
+        return (outputs.sigmoid() - pixels(stored).flatten(1)).square().sum(1)
+
+    train, test = images.train[0], images.test[0]
+    return replace(
+        images,
+        name=f"{images.name}{RECONSTRUCTION}",
+        title=f"{images.title}, given back through a narrow code",
+        kind="reconstruction",
+        train=(train, train),
+        test=(test, test),
+        prepare=pixels,
+        outputs=math.prod(images.shape),
+        loss=loss,
+        metric=Metric("squared error", "", False, squared_error, lambda mean: mean),
+        labels="bernoulli",
+        model="autoencoder",
+        target=None,
     )
 
 
@@ -399,7 +438,8 @@ def load_task(name: str, data_dir: Path | None = None, say: Callable[[str], None
     """A task by its name.
 
     Args:
-        name: One of ``TASKS``, ``regression:NAME``, or the path of a text file.
+        name: One of ``TASKS``, an image set followed by ``-autoencoder``, ``regression:NAME``, or the path of a text
+            file.
         data_dir: Folder with data files.
         say: Told before each thing that takes seconds.
 
@@ -413,10 +453,10 @@ def load_task(name: str, data_dir: Path | None = None, say: Callable[[str], None
     """
     if data_dir is not None and not data_dir.is_dir():
         raise LabError(f"--data-dir {data_dir} is not a folder; give one that holds the data files")
-    if name == "digits":
-        return load_digits()
-    if name in IMAGE_SETS:
-        return load_images(name, data_dir, say)
+    images = name.removesuffix(RECONSTRUCTION)
+    if images == "digits" or images in IMAGE_SETS:
+        task = load_digits() if images == "digits" else load_images(images, data_dir, say)
+        return task if images == name else reconstruction_task(task)
     if name == "shakespeare":
         return load_shakespeare(data_dir)
     if name.partition(":")[0] == "regression":
@@ -426,7 +466,7 @@ def load_task(name: str, data_dir: Path | None = None, say: Callable[[str], None
     raise LabError(f"there is no task {name!r}; choose one of {', '.join(TASKS)}, or the path of a text file")
 
 
-TASKS = ("digits", *IMAGE_SETS, "shakespeare", "regression")
+TASKS = ("digits", *IMAGE_SETS, f"mnist{RECONSTRUCTION}", "shakespeare", "regression")
 
 
 @contextmanager
