@@ -21,6 +21,12 @@ MAY_IMPORT = {
     "optimizer": {"tiles", "matrix", "curvature"},
     **dict.fromkeys(METHODS, CORE),  # and not one another
     "methods.hesscale": CORE | {"backprop.walk", "backprop.sampling", "distributed"},
+    "methods.isaac": CORE | {"layers.handle", "layers.maps", "layers.targets"},
+    "layers.__init__": set(),
+    "layers.maps": set(),
+    "layers.targets": set(),
+    "layers.intercept": {"layers.maps"},
+    "layers.handle": {"layers.intercept", "layers.targets", "distributed"},
     "distributed": set(),
     "backprop.__init__": set(),
     **{room: BACKPROP - {room} for room in BACKPROP},

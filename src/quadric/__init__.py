@@ -5,15 +5,17 @@ from importlib.metadata import version
 from quadric.backprop.registry import UnsupportedOperation, register_rule
 from quadric.backprop.walk import hessian_diagonal
 from quadric.curvature import Curvature
-from quadric.matrix import BlockMean, Diagonal, LowRank, PSDMatrix
+from quadric.matrix import BlockMean, Dense, Diagonal, LowRank, PSDMatrix
 from quadric.methods.block_mean import BlockMeanAdaGrad, BlockMeanSum
 from quadric.methods.ginger import Ginger, HeaviestDirections, sampled_loss
 from quadric.methods.hesscale import AdaHesScale, HessianDiagonal
+from quadric.methods.isaac import ISAAC, InputMoment, isaac, relative
 from quadric.methods.mfac import MFAC, GradientWindow
 from quadric.optimizer import CurvatureOptimizer
 from quadric.verify import verify
 
 __all__ = [
+    "ISAAC",
     "MFAC",
     "AdaHesScale",
     "BlockMean",
@@ -21,16 +23,20 @@ __all__ = [
     "BlockMeanSum",
     "Curvature",
     "CurvatureOptimizer",
+    "Dense",
     "Diagonal",
     "Ginger",
     "GradientWindow",
     "HeaviestDirections",
     "HessianDiagonal",
+    "InputMoment",
     "LowRank",
     "PSDMatrix",
     "UnsupportedOperation",
     "hessian_diagonal",
+    "isaac",
     "register_rule",
+    "relative",
     "sampled_loss",
     "verify",
 ]

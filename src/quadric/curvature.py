@@ -62,7 +62,16 @@ class Curvature(nn.Module, ABC):
         Raises:
             ValueError: if it has another shape or holds a number that is not finite; nothing is changed then.
         """
-        if observation.shape != (self.dim,):
+        self.check(observation, observation.shape == (self.dim,))
+        self.absorb(self.tiles.pad(observation))
+
+    def check(self, observation: Tensor, fits: bool) -> None:
+        """Refuse an observation that does not fit or is not finite.
+
+        Raises:
+            ValueError: if so.
+        """
+        if not fits:
             raise ValueError(
                 f"the observation has shape {tuple(observation.shape)}, but this estimate has {self.dim} coordinates: "
                 "flatten the gradients and concatenate them in one order"
@@ -71,7 +80,6 @@ class Curvature(nn.Module, ABC):
             finite = observation.is_floating_point()
             found = observation[~torch.isfinite(observation)][0].item() if finite else observation.dtype
             raise ValueError(f"the observation holds {found}: skip this batch, or look for the overflow in its loss")
-        self.absorb(self.tiles.pad(observation))
 
     @abstractmethod
     def absorb(self, observation: Tensor) -> None:

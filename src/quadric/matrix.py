@@ -13,7 +13,7 @@ from torch import Tensor
 
 from quadric.tiles import Tiles, combine, project, slab_tiles, slabs, wide
 
-__all__ = ["BlockMean", "Diagonal", "Groups", "LowRank", "PSDMatrix"]
+__all__ = ["BlockMean", "Dense", "Diagonal", "Groups", "LowRank", "PSDMatrix"]
 
 
 class PSDMatrix(ABC):
@@ -131,6 +131,63 @@ class Diagonal(PSDMatrix):
 
     def logdet(self) -> Tensor:  # noqa: D102
         return self.values.log().sum()
+
+
+class Dense(PSDMatrix):
+    r"""A small matrix as it is, :math:`G = \lambda I + M`, or several of them along the diagonal.
+
+    Cost: O(n³) once for each n × n block, then O(n · dim) a vector.
+
+    Args:
+        values: M, ``(n, n)`` or ``(blocks, n, n)``, symmetric and positive semi-definite. It is copied.
+        damping: λ, positive.
+
+    Raises:
+        ValueError: if ``damping`` is not positive, or ``values`` not finite or not square.
+
+    Example:
+        >>> matrix = Dense(torch.tensor([[3.0, 0.0], [0.0, 8.0]]), damping=1.0)
+        >>> matrix.solve(torch.tensor([8.0, 9.0]))
+        tensor([2., 1.])
+    """
+
+    def __init__(self, values: Tensor, damping: float):
+        square = values.ndim in (2, 3) and values.shape[-1] == values.shape[-2]
+        if not square or not torch.isfinite(values).all():
+            raise ValueError(f"values must be finite (n, n) matrices, got {_shown(values)}: rows.T @ rows makes one")
+        self.damping = positive_damping(damping)
+        self.values = values.detach().clone().view(-1, *values.shape[-2:])
+        self.dim, self.device = self.values.shape[0] * self.values.shape[1], values.device
+        self.dtype = torch.promote_types(values.dtype, torch.float32)
+
+    @cached_property
+    def _factor(self) -> Tensor:
+        return cholesky(self.values.to(wide(self.values)), self.damping)
+
+    @cached_property
+    def _spectrum(self) -> tuple[Tensor, Tensor]:
+        values, vectors = torch.linalg.eigh(self.values.to(wide(self.values)))
+        return values.clamp_min(0) + self.damping, vectors
+
+    def _apply(self, v: Tensor, power: float) -> Tensor:
+        x = v.reshape(-1, *self.values.shape[:2]).movedim(0, -1).to(wide(self.values))  # (blocks, n, vectors)
+        if power == 1:
+            x = self.values.to(x.dtype) @ x + self.damping * x
+        elif power == -1:
+            x = torch.cholesky_solve(x, self._factor)
+        else:
+            values, vectors = self._spectrum
+            x = vectors @ (values.pow(power).unsqueeze(-1) * (vectors.mT @ x))
+        return x.movedim(-1, 0).reshape(v.shape).to(torch.promote_types(v.dtype, self.dtype))
+
+    def diagonal(self, power: float = 1.0) -> Tensor:  # noqa: D102
+        if power == 1:
+            return (self.values.diagonal(dim1=1, dim2=2) + self.damping).reshape(-1).to(self.dtype)
+        values, vectors = self._spectrum
+        return (vectors.square() @ values.pow(power).unsqueeze(-1)).reshape(-1).to(self.dtype)
+
+    def logdet(self) -> Tensor:  # noqa: D102
+        return 2 * self._factor.diagonal(dim1=1, dim2=2).abs().log().sum().to(self.dtype)
 
 
 class LowRank(PSDMatrix):

@@ -1,0 +1,239 @@
+"""The handle on a model whose weight gradients somebody else forms: layers, plan, state, and the way back."""
+
+from __future__ import annotations
+
+import warnings
+from abc import abstractmethod
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quadric.distributed import alone, average_
+from quadric.layers.intercept import Former, attribute, intercept, release
+from quadric.layers.targets import Choice, Target, find_targets
+
+__all__ = ["Conditioning", "Layer"]
+
+HEAD = ("weight", "inputs", "outputs", "rows", "looked at", "way", "extra")
+
+
+class Layer(Former):
+    """One conditioned weight: forms its gradients, and keeps what it has seen.
+
+    Args:
+        target: The weight.
+        start: Of a part of a joint weight, its first row; None for a whole weight.
+        handle: Whose settings count.
+    """
+
+    def __init__(self, target: Target, start: int | None, handle: Conditioning):
+        super().__init__()
+        self.target, self.start, self.handle = target, start, handle
+        self.name = target.name if start is None else f"{target.name}[{start}:]"
+        self.pool: Tensor | None = None  # statistics summed since the last step
+        self.pool_rows = 0.0
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight as it is now."""
+        return attribute(self.target.module, self.target.path)
+
+    @abstractmethod
+    def condition_pooled_(self, pool: Tensor, rows: float) -> None:
+        """Condition the complete gradient of the weight in place, by a pooled sum of statistics over so many rows."""
+
+    @abstractmethod
+    def state(self) -> dict[str, Tensor]:
+        """What is kept from pass to pass, by name; empty before the first."""
+
+    @abstractmethod
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take over what :meth:`state` gave."""
+
+    @abstractmethod
+    def seen(self) -> tuple[str, ...] | None:
+        """The columns of the plan after the name; None before the first pass."""
+
+
+class Conditioning:
+    """The conditioned layers of a model, until :meth:`remove`. Printed, it is the plan.
+
+    Args:
+        model: The model.
+        settings: Shared by the layers; they may be changed at any time.
+        targets: Weights to condition.
+        ignore: Weights to leave alone.
+        make: Makes a layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: dict[str, Any],
+        targets: Choice,
+        ignore: Choice,
+        make: Callable[[Target, int | None, Conditioning], Layer],
+    ):
+        self.model, self.settings = model, settings
+        self._given = targets, ignore, make
+        self.targets = find_targets(model, targets, ignore)
+        if settings["pooled"]:
+            self.targets = [replace(target, reason=_unpoolable(target, self.targets)) for target in self.targets]
+        taken = [target for target in self.targets if not target.reason]
+        self.layers = {(each.name, start): make(each, start, self) for each in taken for start in _parts(each)}
+        self.observing = False  # only output gradients are looked at now
+        self.sampled = False  # output gradients come from observe()
+        self._warned = False
+        self._hooks: list[Any] = []
+        self._modules: list[nn.Module] = []
+        names: dict[nn.Module, dict[str, str]] = defaultdict(dict)
+        for target in taken:
+            names[target.module][target.path] = target.name
+        try:
+            for module, own in names.items():
+                intercept(module, own, self.former)
+                self._modules.append(module)
+        except ValueError:
+            self.remove()
+            raise
+
+    def former(self, name: str, start: int | None) -> Layer:
+        """The layer of a weight by its name and, for a part of a joint weight, its first row."""
+        return self.layers[name, start]
+
+    def remove(self) -> None:
+        """Restore the model."""
+        for module in self._modules:
+            release(module)
+        for hook in self._hooks:
+            hook.remove()
+        self._modules, self._hooks = [], []
+
+    def observe(self, loss: Tensor) -> None:
+        """Take the output gradients of the two-sided ζ from a loss at sampled labels; ``.grad`` stays untouched.
+
+        Args:
+            loss: :func:`quadric.sampled_loss` of the model's outputs, with their graph, which is kept.
+
+        Raises:
+            RuntimeError: if the outputs are not conditioned.
+        """
+        if self.settings["output_damping"] is None:
+            raise RuntimeError("observe looks at output gradients, but output_damping is None: give isaac one")
+        self.observing = True
+        try:
+            params = [p for p in self.model.parameters() if p.requires_grad]
+            torch.autograd.grad(loss, params, retain_graph=True, allow_unused=True)
+        finally:
+            self.observing = False
+        self.sampled = True
+
+    # Pooled statistics.
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let every step of an optimizer begin with :meth:`condition_`.
+
+        Args:
+            optimizer: Any; where its step takes a closure, call :meth:`condition_` at the end of the closure instead.
+        """
+        self._hooks.append(optimizer.register_step_pre_hook(lambda *_: self.condition_()))
+
+    @torch.no_grad()
+    def condition_(self) -> None:
+        """Condition the gradients in place by the inputs of all passes and all processes since the last call.
+
+        Raises:
+            RuntimeError: if the statistics are not pooled.
+        """
+        if not self.settings["pooled"]:
+            raise RuntimeError("condition_ needs pooled statistics, but pooled is False: call isaac with pooled=True")
+        pools = {layer: layer.pool for layer in self.layers.values() if layer.pool is not None}
+        rows = [torch.tensor(layer.pool_rows, device=pool.device) for layer, pool in pools.items()]
+        if not alone():
+            average_([*rows, *pools.values()])
+        for (layer, pool), count in zip(pools.items(), rows, strict=True):
+            layer.pool, layer.pool_rows = None, 0.0
+            layer.condition_pooled_(pool, count.item())
+
+    def warn(self, name: str) -> None:
+        """Say once that a damping had to be raised."""
+        if not self._warned:
+            self._warned = True
+            warnings.warn(
+                f"the damped moment of {name} had no Cholesky factor, and more damping was used than "
+                f"{self.settings['damping']}: raise it, or look for inputs that are huge (said once)",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+
+    # State.
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What the layers keep from pass to pass: small tensors, by name."""
+        kept = {f"{layer.name}/{key}": value for layer in self.layers.values() for key, value in layer.state().items()}
+        return kept | {"sampled": torch.tensor(self.sampled)}
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Take over what :meth:`state_dict` gave.
+
+        Args:
+            state: Of a model with the same names.
+        """
+        self.sampled = bool(state.get("sampled", False))
+        for layer in self.layers.values():
+            own = f"{layer.name}/"
+            layer.restore({key.removeprefix(own): value for key, value in state.items() if key.startswith(own)})
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"model": self.model, "settings": self.settings, "given": self._given, "state": self.state_dict()}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        # A copied model has the forwards of its types: it is conditioned anew.
+        self.__init__(state["model"], state["settings"], *state["given"])
+        self.load_state_dict(state["state"])
+
+    # The plan.
+
+    def __str__(self) -> str:
+        seen = {layer: layer.seen() for layer in self.layers.values()}
+        touched = {layer.target for layer, columns in seen.items() if columns}
+        waiting = [layer for layer in seen if layer.start is None and layer.target not in touched]
+        lines = [HEAD, *((layer.name, *columns) for layer, columns in seen.items() if columns)]
+        lines += [(layer.name, *["–"] * (len(HEAD) - 1)) for layer in waiting]
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        options = ", ".join(f"{name} {value}" for name, value in self.settings.items() if name != "params")
+        return "\n".join(
+            [
+                f"{len(lines) - 1} weights conditioned: {options}",
+                *("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines),
+                *["rows and costs are known after a backward pass"] * bool(waiting),
+                *(f"left alone: {target.name}: {target.reason}" for target in self.targets if target.reason),
+            ]
+        )
+
+    __repr__ = __str__
+
+
+def _parts(target: Target) -> Sequence[int | None]:
+    # Where the parts of a weight begin: an attention may project queries, keys and values by one or apart.
+    if target.path != "in_proj_weight":
+        return (None,)
+    width = attribute(target.module, target.path).shape[1]
+    return None, 0, width, 2 * width
+
+
+def _unpoolable(target: Target, targets: Sequence[Target]) -> str:
+    # Why the gradient of a weight cannot be conditioned once it is complete.
+    weight = attribute(target.module, target.path)
+    others = (other for other in targets if other.name != target.name)
+    if target.reason:
+        return target.reason
+    if not weight.is_leaf:
+        return "it is computed from other parameters: pooled statistics condition the gradients of parameters"
+    if any(attribute(other.module, other.path) is weight for other in others):
+        return "it is used in several places, whose gradients are added before pooled statistics meet them"
+    return ""

@@ -1,0 +1,268 @@
+"""Maps: how the weight of a layer meets its inputs, written as rows.
+
+Every map here is, for each of its groups, one product ``z = a Wᵀ`` of rows of inputs a ``(rows, n)`` with a matrix
+W ``(o, n)``. For a linear layer a row is a token or an example; for a convolution it is the patch behind one position
+of the output; for a transposed convolution it is one position of the input.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Convolution", "Linear", "Map", "Sizes", "map_of"]
+
+Mixing = Callable[[Tensor], Tensor]
+
+
+class Sizes(NamedTuple):
+    """How large a map is in one pass.
+
+    Args:
+        groups: Matrices that the weight holds.
+        rows: Rows of inputs, r.
+        features: Length n of a row.
+        outputs: Outputs o of a row.
+    """
+
+    groups: int
+    rows: int
+    features: int
+    outputs: int
+
+
+class Map(ABC):
+    """What a layer does with its inputs, its weight and its bias; the same bits as torch's own."""
+
+    @abstractmethod
+    def output(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The layer's output."""
+
+    @abstractmethod
+    def other_gradients(
+        self, g: Tensor, a: Tensor, weight: Tensor, *, of_input: bool, of_bias: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """The gradients of the input and of the bias, where asked for."""
+
+    @abstractmethod
+    def weight_gradient(self, g: Tensor, a: Tensor, weight: Tensor) -> Tensor:
+        """The gradient ``gᵀ a`` of the weight, in the weight's shape."""
+
+    @abstractmethod
+    def mixed_gradient(self, g: Tensor, a: Tensor, weight: Tensor, mix: Mixing) -> Tensor:
+        """The gradient ``gᵀ mix(a) = mix(g)ᵀ a`` for a symmetric mixing of the rows: ``mix`` meets one of the two."""
+
+    def smoothed_gradient(self, g: Tensor, a: Tensor, weight: Tensor, smoother: Tensor) -> Tensor:
+        """The gradient ``gᵀ (a S)`` for a symmetric matrix S over the features, ``(..., n, n)``."""
+        matrix = self.matrix(self.weight_gradient(g, a, weight)).to(smoother.dtype)
+        return self.weight(matrix @ smoother, weight)
+
+    @abstractmethod
+    def sizes(self, g: Tensor, a: Tensor, weight: Tensor) -> Sizes:
+        """How large the map is in this pass."""
+
+    @abstractmethod
+    def rows(self, g: Tensor, a: Tensor, weight: Tensor, picks: Tensor | None) -> Tensor:
+        """The rows of inputs, all or those of some numbers: ``(..., rows, n)``, groups in front where there are any."""
+
+    @abstractmethod
+    def output_rows(self, g: Tensor, a: Tensor, weight: Tensor, picks: Tensor | None) -> Tensor:
+        """The same rows of the gradients with respect to the outputs: ``(..., rows, o)``."""
+
+    @abstractmethod
+    def geometry(self) -> list[int]:
+        """The map in numbers, for :func:`map_of`."""
+
+    @abstractmethod
+    def matrix(self, weight: Tensor) -> Tensor:
+        """A weight as ``(..., o, n)``."""
+
+    @abstractmethod
+    def weight(self, matrix: Tensor, like: Tensor) -> Tensor:
+        """A matrix ``(..., o, n)`` in the shape of the weight ``like``."""
+
+
+class Linear(Map):
+    """``z = a Wᵀ + b`` over the last axis of inputs of any rank: ``torch.nn.functional.linear``."""
+
+    def output(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
+        if a.ndim < 3 or a.is_contiguous():
+            return F.linear(a, weight, bias)
+        # What torch does with a strided input depends on whether the weight wants a gradient.
+        with torch.enable_grad():
+            return F.linear(a, weight, bias).detach()
+
+    def other_gradients(  # noqa: D102
+        self, g: Tensor, a: Tensor, weight: Tensor, *, of_input: bool, of_bias: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        rows = g.reshape(-1, g.shape[-1])
+        of_a = None
+        if of_input and a.ndim == 2 and a.stride() == (1, a.shape[0]):  # the order that torch takes for such an input
+            of_a = weight.t().mm(g.t()).t()
+        elif of_input:
+            of_a = weight.t().mv(g) if a.ndim == 1 else rows.mm(weight).view(a.shape)
+        # Strided inputs of more axes meet the bias apart from the product: their gradients are summed in another order.
+        summed = rows if a.ndim < 3 or a.is_contiguous() else g
+        return of_a, summed.sum_to_size(g.shape[-1]) if of_bias else None
+
+    def weight_gradient(self, g: Tensor, a: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
+        return g.reshape(-1, g.shape[-1]).t().mm(a.reshape(-1, a.shape[-1]))
+
+    def mixed_gradient(self, g: Tensor, a: Tensor, weight: Tensor, mix: Mixing) -> Tensor:  # noqa: D102
+        g, a = g.reshape(-1, g.shape[-1]), a.reshape(-1, a.shape[-1])
+        return mix(g).t().mm(a) if g.shape[1] <= a.shape[1] else g.t().mm(mix(a))
+
+    def smoothed_gradient(self, g: Tensor, a: Tensor, weight: Tensor, smoother: Tensor) -> Tensor:  # noqa: D102
+        if a.numel() >= weight.numel():
+            return super().smoothed_gradient(g, a, weight, smoother)
+        # Fewer rows than outputs: the inputs are the smaller factor.
+        return self.weight_gradient(g, (a.to(smoother.dtype) @ smoother).to(g.dtype), weight)
+
+    def sizes(self, g: Tensor, a: Tensor, weight: Tensor) -> Sizes:  # noqa: D102
+        outputs, features = weight.shape
+        return Sizes(1, a.numel() // features if features else 0, features, outputs)
+
+    def rows(self, g: Tensor, a: Tensor, weight: Tensor, picks: Tensor | None) -> Tensor:  # noqa: D102
+        return _picked(a.reshape(-1, a.shape[-1]), picks)
+
+    def output_rows(self, g: Tensor, a: Tensor, weight: Tensor, picks: Tensor | None) -> Tensor:  # noqa: D102
+        return _picked(g.reshape(-1, g.shape[-1]), picks)
+
+    def geometry(self) -> list[int]:  # noqa: D102
+        return []
+
+    def matrix(self, weight: Tensor) -> Tensor:  # noqa: D102
+        return weight
+
+    def weight(self, matrix: Tensor, like: Tensor) -> Tensor:  # noqa: D102
+        return matrix
+
+
+@dataclass(frozen=True)
+class Convolution(Map):
+    """A convolution or transposed convolution over any number of axes, zero-padded: ``torch.convolution``.
+
+    Args:
+        stride: For each axis.
+        padding: For each axis.
+        dilation: For each axis.
+        transposed: Whether it is the transposed one.
+        output_padding: For each axis; of a transposed one.
+        groups: Groups of channels that do not meet.
+    """
+
+    stride: tuple[int, ...]
+    padding: tuple[int, ...]
+    dilation: tuple[int, ...]
+    transposed: bool
+    output_padding: tuple[int, ...]
+    groups: int
+
+    @property
+    def _arguments(self) -> tuple:
+        return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
+
+    def output(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
+        return torch.convolution(a, weight, bias, *self._arguments)
+
+    def other_gradients(  # noqa: D102
+        self, g: Tensor, a: Tensor, weight: Tensor, *, of_input: bool, of_bias: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if not of_input and not of_bias:
+            return None, None
+        of_a, _, of_b = self._backward(g, a, weight, of_input, False, of_bias)
+        return of_a, of_b
+
+    def weight_gradient(self, g: Tensor, a: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
+        return self._backward(g, a, weight, False, True, False)[1]
+
+    def _backward(self, g: Tensor, a: Tensor, weight: Tensor, *wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
+        outputs = g.shape[1:2]
+        return torch.ops.aten.convolution_backward(g, a, weight, outputs, *self._arguments, wanted)
+
+    def mixed_gradient(self, g: Tensor, a: Tensor, weight: Tensor, mix: Mixing) -> Tensor:  # noqa: D102
+        if self.transposed:
+            return self.weight_gradient(g, self._image(mix(self._pixels(a, None)), a), weight)
+        return self.weight_gradient(self._image(mix(self._pixels(g, None)), g), a, weight)
+
+    def sizes(self, g: Tensor, a: Tensor, weight: Tensor) -> Sizes:  # noqa: D102
+        outputs, features = self.matrix(weight).shape[-2:]
+        image = a if self.transposed else g
+        return Sizes(self.groups, image.numel() // image.shape[1] if image.shape[1] else 0, features, outputs)
+
+    def rows(self, g: Tensor, a: Tensor, weight: Tensor, picks: Tensor | None) -> Tensor:  # noqa: D102
+        return self._pixels(a, picks) if self.transposed else self._patches(a, g.shape[2:], weight.shape[2:], picks)
+
+    def output_rows(self, g: Tensor, a: Tensor, weight: Tensor, picks: Tensor | None) -> Tensor:  # noqa: D102
+        if not self.transposed:
+            return self._pixels(g, picks)
+        # The outputs that one input reaches are what the convolution that this one transposes would read.
+        return self._patches(g, a.shape[2:], weight.shape[2:], picks)
+
+    def geometry(self) -> list[int]:  # noqa: D102
+        each = (*self.stride, *self.padding, *self.dilation, *self.output_padding)
+        return [self.transposed, self.groups, *each]
+
+    def matrix(self, weight: Tensor) -> Tensor:  # noqa: D102
+        if self.transposed:
+            return weight.reshape(self.groups, weight.shape[0] // self.groups, -1).mT
+        return weight.reshape(self.groups, weight.shape[0] // self.groups, -1)
+
+    def weight(self, matrix: Tensor, like: Tensor) -> Tensor:  # noqa: D102
+        return (matrix.mT if self.transposed else matrix).reshape(like.shape)
+
+    def _pixels(self, image: Tensor, picks: Tensor | None) -> Tensor:
+        # Positions of an image as rows of channels, (groups, rows, channels of a group).
+        flat = image.flatten(2)
+        if picks is None:
+            rows = flat.movedim(1, -1).reshape(-1, flat.shape[1])
+        else:
+            rows = flat[picks // flat.shape[2], :, picks % flat.shape[2]]
+        return rows.unflatten(1, (self.groups, -1)).movedim(1, 0)
+
+    def _image(self, rows: Tensor, like: Tensor) -> Tensor:
+        # The inverse of _pixels for all positions.
+        batch, channels, *positions = like.shape
+        flat = rows.movedim(0, 1).reshape(batch, math.prod(positions), channels)
+        return flat.movedim(-1, 1).reshape(like.shape)
+
+    def _patches(self, image: Tensor, positions: torch.Size, reach: torch.Size, picks: Tensor | None) -> Tensor:
+        # What the kernel sees at some positions, (groups, rows, channels of a group × kernel); no other is unfolded.
+        axes = len(positions)
+        if picks is None:
+            picks = torch.arange(len(image) * math.prod(positions), device=image.device)
+        places, inside = [], []
+        rest = picks
+        for axis in reversed(range(axes)):
+            start = rest % positions[axis] * self.stride[axis] - self.padding[axis]
+            rest = rest // positions[axis]
+            at = start[:, None] + torch.arange(reach[axis], device=image.device) * self.dilation[axis]
+            shape = [len(picks)] + [-1 if axis == other else 1 for other in range(axes)]
+            size = image.shape[2 + axis]
+            inside.insert(0, ((at >= 0) & (at < size)).view(shape))
+            places.insert(0, at.clamp(0, size - 1).view(shape))
+        seen = image[(rest.view(-1, *[1] * axes), slice(None), *places)]  # (rows, *kernel, channels)
+        for mask in inside:
+            seen = seen * mask.unsqueeze(-1)
+        return seen.movedim(-1, 1).reshape(len(picks), self.groups, -1).movedim(1, 0)
+
+
+def _picked(rows: Tensor, picks: Tensor | None) -> Tensor:
+    return rows if picks is None else rows.index_select(0, picks)
+
+
+def map_of(geometry: list[int]) -> Map:
+    """The map that has this :meth:`Map.geometry`."""
+    if not geometry:
+        return Linear()
+    transposed, groups, *each = geometry
+    axes = len(each) // 4
+    stride, padding, dilation, output_padding = (tuple(each[i * axes : (i + 1) * axes]) for i in range(4))
+    return Convolution(stride, padding, dilation, bool(transposed), output_padding, groups)

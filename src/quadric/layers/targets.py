@@ -1,0 +1,120 @@
+"""Targets: which weights of a model are somebody's to condition, by name or by type of module."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+__all__ = ["Target", "find_targets"]
+
+Choice = str | type[nn.Module] | Sequence[str | type[nn.Module]] | None
+
+# Why the inputs of these are not rows that a matrix multiplies, or not to be had.
+LEFT_ALONE: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...] = (
+    ((nn.Embedding, nn.EmbeddingBag), "its inputs are one-hot: aᵀa is diagonal, the counts of the tokens"),
+    ((nn.RNNBase, nn.RNNCellBase), "its products are inside a fused kernel"),
+    (nn.Bilinear, "it multiplies two inputs at once"),
+    (nn.LayerNorm, "it scales and does not mix"),
+)
+MIXING = (nn.Linear, _ConvNd, nn.MultiheadAttention)
+
+
+@dataclass(frozen=True)
+class Target:
+    """A weight.
+
+    Args:
+        name: Of the weight in the model, such as ``blocks.0.attn.in_proj_weight``.
+        module: Whose forward multiplies by it.
+        path: Of the weight from that module.
+        reason: Why it is left alone; empty where it is not.
+    """
+
+    name: str
+    module: nn.Module
+    path: str
+    reason: str = ""
+
+
+def find_targets(model: nn.Module, targets: Choice, ignore: Choice) -> list[Target]:
+    """Every weight of a model that has two axes or more, each with the reason why it is left alone if it is.
+
+    Args:
+        model: The model.
+        targets: Patterns of names (``fnmatch``) of weights or of modules around them, or types of modules, to take;
+            None takes all linear layers, convolutions and attentions.
+        ignore: The same, to leave alone.
+
+    Raises:
+        ValueError: if a pattern or type matches nothing.
+    """
+    chosen, ignored = _choices("targets", targets), _choices("ignore", ignore)
+    used: set[str | type[nn.Module]] = set()
+    found, seen = [], set()
+    for prefix, module in model.named_modules():
+        for path in _weights(module):
+            name = f"{prefix}.{path}".removeprefix(".")
+            if name in seen:  # the output projection belongs to its attention
+                continue
+            seen.add(name)
+            owners = (module, *module.children()) if path.startswith("out_proj.") else (module,)
+            wanted = [choice for choice in chosen if _matches(choice, owners, name)]
+            unwanted = [choice for choice in ignored if _matches(choice, owners, name)]
+            used.update(wanted, unwanted)
+            found.append(Target(name, module, path, _reason(module, bool(wanted), targets is None, bool(unwanted))))
+    for choice in (*chosen, *ignored):
+        if choice not in used:
+            shown = ", ".join(target.name for target in found[:3]) or "none at all"
+            raise ValueError(
+                f"{_shown(choice)} matches no weight of this model: choose among its weights, such as {shown}"
+            )
+    return found
+
+
+def _weights(module: nn.Module) -> Iterable[str]:
+    # The attributes of a module that hold matrices; a parametrised weight is one, though it is no parameter.
+    if isinstance(module, nn.MultiheadAttention):
+        own = [name for name, p in module._parameters.items() if p is not None and name.endswith("proj_weight")]
+        return [*own, "out_proj.weight"]
+    if isinstance(module, (nn.Linear, _ConvNd)):
+        return ["weight"]
+    return [name for name, p in module._parameters.items() if p is not None and p.ndim >= 2]
+
+
+def _reason(module: nn.Module, wanted: bool, by_default: bool, unwanted: bool) -> str:
+    for kinds, reason in LEFT_ALONE:
+        if isinstance(module, kinds):
+            return reason
+    if unwanted:
+        return "ignore names it"
+    if not wanted and not by_default:
+        return "targets does not name it"
+    if by_default and not isinstance(module, MIXING):
+        return f"{type(module).__name__} is no layer of torch: name it in targets if it calls F.linear or a convolution"
+    return ""
+
+
+def _choices(option: str, given: Choice) -> tuple[str | type[nn.Module], ...]:
+    choices = () if given is None else (given,) if isinstance(given, (str, type)) else tuple(given)
+    for choice in choices:
+        if not isinstance(choice, str) and not (isinstance(choice, type) and issubclass(choice, nn.Module)):
+            raise ValueError(
+                f"{option} holds {choice!r}: give patterns of names such as 'blocks.*', or types of modules"
+            )
+    return choices
+
+
+def _matches(choice: str | type[nn.Module], owners: Sequence[nn.Module], name: str) -> bool:
+    # A pattern may name the weight, its module, or any module around it.
+    if isinstance(choice, str):
+        parts = name.split(".")
+        return any(fnmatchcase(".".join(parts[: i + 1]), choice) for i in range(len(parts)))
+    return any(isinstance(owner, choice) for owner in owners)
+
+
+def _shown(choice: str | type[nn.Module]) -> str:
+    return repr(choice) if isinstance(choice, str) else choice.__name__
