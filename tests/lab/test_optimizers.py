@@ -1,11 +1,13 @@
 import copy
 import inspect
+import json
 from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
+import quadric
 from quadric.lab import LabError
 from quadric.lab.models import build_model
 from quadric.lab.optimizers import (
@@ -14,6 +16,7 @@ from quadric.lab.optimizers import (
     build_optimizer,
     find_entrant,
     held_bytes,
+    meant,
     parse_settings,
 )
 
@@ -97,6 +100,9 @@ def test_one_schedule_drives_both_parts_of_muon():
         assert torch.equal(p, old)
 
 
+ISAACS = set(inspect.signature(quadric.isaac).parameters)
+
+
 @pytest.mark.parametrize("name", ENTRANTS)
 def test_every_entrant_trains(name):
     model = conv_model()
@@ -115,7 +121,8 @@ def test_every_entrant_trains(name):
 def test_every_entrant_is_described_by_its_class():
     assert ENTRANTS["ginger-sampled"].samples_labels
     for entrant in ENTRANTS.values():  # no name in the registry that its class does not take
-        assert set(entrant.hyper) <= set(inspect.signature(entrant.optimizer).parameters)
+        taken = {*inspect.signature(entrant.optimizer).parameters, *(ISAACS if entrant.conditioned else ())}
+        assert set(entrant.hyper) <= taken
         assert entrant.settings()["weight_decay"] == 0.0
 
 
@@ -147,6 +154,98 @@ def test_settings_reach_the_optimizer():
         find_entrant("adam")
 
 
+@pytest.mark.parametrize(
+    ("words", "key", "value"),
+    [
+        ("isaac.damping=2", "damping", 2),
+        ("isaac.damping=relative(0.3)", "damping", quadric.relative(0.3)),
+        ("isaac.output_damping=relative(1e-1)", "output_damping", quadric.relative(0.1)),
+        ("isaac.output_damping=None", "output_damping", None),
+        ("isaac.targets=1", "targets", ["1"]),
+        ("isaac.targets=1,3", "targets", ["1", "3"]),
+        ("isaac.targets=['1', '*.weight']", "targets", ["1", "*.weight"]),
+        ("isaac.ignore=blocks.*.wide, head", "ignore", ["blocks.*.wide", "head"]),
+        ("isaac.targets=None", "targets", None),
+    ],
+)
+def test_the_words_of_a_setting_mean(words, key, value):
+    settings = parse_settings([words], ["isaac"])["isaac"]
+    assert json.loads(json.dumps(settings)) == json.loads(json.dumps(settings, default=list))
+    assert meant(f"isaac.{key}", settings[key]) == value
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("isaac.damping=strong", r"--set isaac.damping is 'strong': give a number such as 1.0, or relative\(1.0\)"),
+        ("isaac.damping=relative(x)", r"--set isaac.damping is 'relative\(x\)'"),
+        ("isaac.damping=relative(-1)", r"isaac cannot be built .*-1.*; change --set isaac.damping=relative\(-1\)"),
+        ("isaac.damping=-1", r"isaac cannot be built .*-1"),
+        ("isaac.targets=nobody", r"isaac cannot be built .*nobody"),
+        ("isaac.windw=1", r"isaac has no 'windw'; it has lr, damping"),
+    ],
+)
+def test_settings_that_mean_nothing_are_one_sentence(words, message):
+    with pytest.raises(LabError, match=message):
+        build_optimizer("isaac", conv_model(), 0.1, parse_settings([words], ["isaac"])["isaac"])
+
+
+def gradients_of(model, seed=0):
+    x = torch.randn(5, 1, 4, 4, generator=torch.Generator().manual_seed(seed))
+    model.zero_grad()
+    model(x).square().mean().backward()
+    return [p.grad.clone() for p in model.parameters()]
+
+
+@pytest.mark.parametrize("name", ["isaac", "isaac-adamw", "isaac-muon"])
+def test_targets_choose_the_layers_that_are_conditioned(name):
+    plain = gradients_of(conv_model())
+    model = conv_model()
+    build_optimizer(name, model, 0.1, {"targets": "0,5"})
+    same = [torch.equal(a, b) for a, b in zip(gradients_of(model), plain, strict=True)]
+    assert same == [False, True, True, True, False, True]
+
+
+@pytest.mark.parametrize("settings", [{}, {"damping": 0.5}, {"damping": "relative(0.1)", "pooled": True}])
+def test_conditioned_adamw_is_adamw_on_conditioned_gradients(settings):
+    model, twin = conv_model(), conv_model()
+    ours = build_optimizer("isaac-adamw", model, 0.01, settings)
+    adamw = torch.optim.AdamW(twin.parameters(), 0.01, weight_decay=0.0)
+    given = {"damping": "relative(1.0)", **settings}
+    conditioning = quadric.isaac(twin, **{key: meant(f"isaac.{key}", value) for key, value in given.items()})
+    for seed in range(3):
+        take_step(model, ours, seed)
+        gradients_of(twin, seed)
+        if settings.get("pooled"):
+            conditioning.condition_()
+        adamw.step()
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize(("name", "plain"), [("isaac", "sgd"), ("isaac-adamw", "adamw"), ("isaac-muon", "muon")])
+def test_with_a_huge_damping_it_is_the_optimizer_beneath(name, plain):
+    model, twin = conv_model(), conv_model()
+    ours = build_optimizer(name, model, 0.01, {"damping": 1e12})
+    theirs = build_optimizer(plain, twin, 0.01, {})
+    for seed in range(3):
+        take_step(model, ours, seed)
+        take_step(twin, theirs, seed)
+    for p, q in zip(model.parameters(), twin.parameters(), strict=True):
+        assert torch.allclose(p, q, rtol=1e-3, atol=1e-6)
+
+
+def test_a_conditioned_entrant_is_described_by_both():
+    entrant = ENTRANTS["isaac-adamw"]
+    assert {"damping", "targets", "decay", "refresh_every", "max_rows", "output_damping"} <= set(entrant.settings())
+    assert {"betas", "eps", "weight_decay"} <= set(entrant.settings())
+    described = entrant.described()
+    assert (described["damping"], described["betas"]) == ("relative(1.0)", (0.9, 0.999))
+    assert "foreach" not in described
+    for name in ("isaac", "isaac-adamw", "isaac-muon"):
+        json.dumps(ENTRANTS[name].described())
+
+
 def test_held_bytes_counts_state_once_and_never_parameters():
     model = nn.Linear(100, 10)  # 1,010 parameters
     sgd = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
@@ -163,3 +262,8 @@ def test_held_bytes_counts_state_once_and_never_parameters():
     mfac = build_optimizer("mfac", model, 0.1, {"window": 50})
     mfac.step()
     assert held_bytes(mfac, model) >= 4 * 1010 * 50
+    normed = nn.Sequential(nn.Linear(100, 10), nn.BatchNorm1d(10))
+    assert held_bytes(build_optimizer("isaac-adamw", normed, 0.1, {}), normed) == 0
+    averaging = build_optimizer("isaac-adamw", model, 0.1, {"decay": 0.9})
+    model(torch.randn(20, 100)).square().sum().backward()
+    assert held_bytes(averaging, model) >= 4 * 100 * 100

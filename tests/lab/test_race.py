@@ -194,6 +194,14 @@ def test_the_grid_is_logarithmic():
     assert log_grid(1e-3, 1e-1, 1) == (1e-2,)
 
 
+def test_entrants_that_reach_into_layers_get_a_model_each(tmp_path, digits):
+    race = small_race(optimizers=("isaac", "isaac-adamw"), rates=(), seeds=(0,))
+    check_race(race, digits)
+    results, *_ = start(race, digits, tmp_path)
+    assert [entrant["runs"][0]["error"] for entrant in results["entrants"]] == [None, None]
+    assert [entrant["hyperparameters"]["damping"] for entrant in results["entrants"]] == ["relative(1.0)"] * 2
+
+
 def test_a_race_is_checked_before_it_starts(digits):
     with pytest.raises(racing.LabError, match="gpt takes text"):
         check_race(small_race(model="gpt"), digits)

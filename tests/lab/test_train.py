@@ -32,9 +32,19 @@ def parameters(model):
     return torch.cat([p.detach().flatten() for p in model.state_dict().values()])
 
 
-@pytest.mark.parametrize("optimizer", ENTRANTS)
-def test_same_seed_same_bits_and_resume_continues_bitwise(tmp_path, digits, optimizer):
-    settings = {"window": 8} if optimizer == "mfac" else {}
+REMEMBERING = {"decay": 0.9, "refresh_every": 4, "max_rows": 20}  # a state, a phase, and random draws to resume
+
+
+@pytest.mark.parametrize(
+    ("optimizer", "settings"),
+    [
+        *((name, {"window": 8} if name == "mfac" else {}) for name in ENTRANTS),
+        *((name, REMEMBERING) for name in ("isaac", "isaac-adamw", "isaac-muon")),
+        ("isaac-muon", {"output_damping": "relative(1.0)", "decay": 0.5}),
+        ("isaac-adamw", {"pooled": True, "decay": 0.5}),
+    ],
+)
+def test_same_seed_same_bits_and_resume_continues_bitwise(tmp_path, digits, optimizer, settings):
     given = plan(optimizer, lr=ENTRANTS[optimizer].lr, settings=settings)
     whole, model, _ = train.train(given, digits, CPU)
     assert (whole.step, whole.diverged, whole.error) == (18, False, None)

@@ -139,8 +139,11 @@ def race(
     common: Common,
     optimizers: Annotated[
         str,
-        Option(help="Who races: sgd, adamw, muon, mfac, ginger, ginger-sampled, adahesscale, block-mean-adagrad."),
-    ] = "sgd,adamw,muon,mfac,ginger,adahesscale,block-mean-adagrad",
+        Option(
+            help="Who races: sgd, adamw, muon, isaac, isaac-adamw, isaac-muon, mfac, ginger, ginger-sampled, "
+            "adahesscale, block-mean-adagrad."
+        ),
+    ] = "sgd,adamw,muon,isaac,mfac,ginger,adahesscale,block-mean-adagrad",
     seeds: Annotated[str, Option(help="How many seeds each optimizer runs, or which: 0,1,2.")] = "5",
     seed: Annotated[int, Option(min=0, max=MAX_SEED, help="The first seed, where --seeds is a number.")] = 0,
     tune: Annotated[
@@ -159,6 +162,7 @@ def race(
       quadric race --task cifar10 --model resnet20 --optimizers sgd,adamw,mfac --epochs 10 --augment
       quadric race --task shakespeare --data-dir data --optimizers adamw,muon,ginger --tune 4
       quadric race --optimizers adamw,mfac --tune 0 --set mfac.lr=0.01 --set mfac.window=128
+      quadric race --optimizers sgd,isaac --set "isaac.damping=relative(0.3)" --set isaac.targets=1,3
       quadric race --out runs/mine --resume
     """  # noqa: D301  (a real backspace: click's mark for "keep these lines")
     from quadric.lab.optimizers import parse_settings
@@ -194,7 +198,10 @@ def train(
     common: Common,
     optimizer: Annotated[
         str,
-        Option(help="sgd, adamw, muon, mfac, ginger, ginger-sampled, adahesscale or block-mean-adagrad."),
+        Option(
+            help="sgd, adamw, muon, isaac, isaac-adamw, isaac-muon, mfac, ginger, ginger-sampled, adahesscale or "
+            "block-mean-adagrad."
+        ),
     ] = "mfac",
     lr: Annotated[float | None, Option(help="Learning rate. [default: the optimizer's]")] = None,
     seed: Annotated[int, Option(min=0, max=MAX_SEED, help="Of parameters, order of examples and sampled labels.")] = 0,

@@ -3,6 +3,7 @@
 import ast
 import inspect
 import math
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from types import ModuleType
@@ -89,6 +90,43 @@ class MuonAdamW:
         self.adamw.load_state_dict(state["adamw"])
 
 
+class ConditionedOptimizer:
+    """Any optimizer, on weight gradients that :func:`quadric.isaac` conditions inside the backward.
+
+    Args:
+        conditioning: What :func:`quadric.isaac` returned for the model.
+        optimizer: Of the same model's parameters.
+        pooled: Whether the gradients are conditioned before the step and not in the backward.
+    """
+
+    def __init__(self, conditioning: Any, optimizer: Any, pooled: bool):
+        self.conditioning, self.optimizer, self.pooled = conditioning, optimizer, pooled
+
+    @property
+    def param_groups(self) -> list[dict[str, Any]]:
+        """The optimizer's groups."""
+        return self.optimizer.param_groups
+
+    def zero_grad(self) -> None:
+        """Forget the gradients."""
+        self.optimizer.zero_grad()
+
+    def step(self) -> None:
+        """One step of the optimizer."""
+        if self.pooled:
+            self.conditioning.condition_()
+        self.optimizer.step()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Both states."""
+        return {"conditioning": self.conditioning.state_dict(), "optimizer": self.optimizer.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Restore both states."""
+        self.conditioning.load_state_dict(state["conditioning"])
+        self.optimizer.load_state_dict(state["optimizer"])
+
+
 @dataclass(frozen=True)
 class Entrant:
     """An optimizer that can race.
@@ -101,6 +139,8 @@ class Entrant:
         lr: Learning rate where nothing is tuned.
         hyper: Hyper-parameters that differ from the class's defaults.
         samples_labels: Whether it observes a loss at labels sampled from the model in each step.
+        conditioned: Whether :func:`quadric.isaac`, whose keyword arguments ``--set`` may change too, conditions the
+            gradients that it gets.
     """
 
     name: str
@@ -109,31 +149,57 @@ class Entrant:
     lr: float
     hyper: dict[str, Any]
     samples_labels: bool = False
+    conditioned: bool = False
 
     def build(self, model: nn.Module, lr: float, hyper: Mapping[str, Any]) -> Any:
         """The optimizer of a model."""
         whole = "model" in inspect.signature(self.optimizer).parameters
-        return self.optimizer(model if whole else model.parameters(), lr, **hyper)
+        taken = keywords(quadric.isaac) if self.conditioned else {}
+        own = {name: value for name, value in hyper.items() if name not in taken}
+        optimizer = self.optimizer(model if whole else model.parameters(), lr, **own)
+        if not self.conditioned:
+            return optimizer
+        given = {name: value for name, value in hyper.items() if name in taken}
+        return ConditionedOptimizer(quadric.isaac(model, **given), optimizer, given.get("pooled", False))
 
     def settings(self) -> dict[str, Any]:
         """Every keyword argument of the optimizer and its value in a race, without the learning rate."""
-        parameters = inspect.signature(self.optimizer).parameters
-        names = [name for name in parameters if name not in ("params", "model", "lr", "maximize")]
-        return {name: self.hyper.get(name, parameters[name].default) for name in names}
+        conditioning = keywords(quadric.isaac) if self.conditioned else {}
+        return {**conditioning, **keywords(self.optimizer), **self.hyper}
 
     def described(self) -> dict[str, Any]:
         """The settings worth a line in a report: all of quadric's own, and what a rival of torch was given."""
-        return dict(self.hyper) if self.optimizer.__module__.startswith("torch.") else self.settings()
+        torchs = keywords(self.optimizer) if self.optimizer.__module__.startswith("torch.") else {}
+        return {name: value for name, value in self.settings().items() if name in self.hyper or name not in torchs}
+
+
+def keywords(taker: Callable[..., Any]) -> dict[str, Any]:
+    """The keyword arguments that ``--set`` may change, each with its default."""
+    parameters = inspect.signature(taker).parameters.values()
+    return {p.name: p.default for p in parameters if p.name not in ("params", "model", "lr", "maximize")}
 
 
 # Its paper's. Without the clip, a step along directions outside the matrix would be lr / damping times the gradient.
 GINGER = {"damping": 1e-5, "clip": 1.0}
+
+# In words, as `--set` takes it: one value serves the layers of every task.
+ISAAC = {"damping": "relative(1.0)"}
 
 # No weight decay anywhere: the race compares directions, and `--set adamw.weight_decay=0.01` gives it back.
 ENTRANTS: dict[str, Entrant] = {
     "sgd": Entrant("SGD", False, torch.optim.SGD, 0.1, {"momentum": 0.9, "weight_decay": 0.0}),
     "adamw": Entrant("AdamW", False, torch.optim.AdamW, 1e-3, {"betas": (0.9, 0.999), "weight_decay": 0.0}),
     "muon": Entrant("Muon", False, MuonAdamW, 3e-3, {}),
+    "isaac": Entrant("ISAAC", True, quadric.ISAAC, 0.1, ISAAC),
+    "isaac-adamw": Entrant(
+        "ISAAC + AdamW",
+        True,
+        torch.optim.AdamW,
+        1e-3,
+        {**ISAAC, "betas": (0.9, 0.999), "weight_decay": 0.0},
+        conditioned=True,
+    ),
+    "isaac-muon": Entrant("ISAAC + Muon", True, MuonAdamW, 3e-3, ISAAC, conditioned=True),
     "mfac": Entrant("M-FAC", True, quadric.MFAC, 1e-3, {}),
     "ginger": Entrant("Ginger", True, quadric.Ginger, 1e-3, GINGER),
     "ginger-sampled": Entrant("Ginger (sampled)", True, quadric.Ginger, 1e-3, GINGER, samples_labels=True),
@@ -211,22 +277,46 @@ def build_optimizer(name: str, model: nn.Module, lr: float, overrides: Mapping[s
     """
     entrant = find_entrant(name)
     hyper = {**entrant.hyper, **overrides}
-    for key in hyper:
-        if key.endswith("dtype") and isinstance(hyper[key], str):
-            dtype = getattr(torch, hyper[key], None)
-            if not isinstance(dtype, torch.dtype):
-                raise LabError(f"--set {name}.{key}: torch has no dtype {hyper[key]!r}; try float32 or bfloat16")
-            hyper[key] = dtype
     try:
-        return entrant.build(model, lr, hyper)
+        return entrant.build(model, lr, {key: meant(f"{name}.{key}", value) for key, value in hyper.items()})
     except (ValueError, TypeError, LookupError, RuntimeError) as error:
         given = ", ".join(f"{name}.{key}={value}" for key, value in overrides.items())
         reason = " ".join(str(error).split())
         raise LabError(f"{name} cannot be built ({reason}); change --set {given or name + '.KEY=VALUE'}") from error
 
 
+def meant(setting: str, value: Any) -> Any:
+    """What an optimizer takes for the words of ``--set``: a dtype, a relative damping, names of layers.
+
+    Args:
+        setting: OPTIMIZER.KEY.
+        value: As ``--set`` has it.
+
+    Raises:
+        LabError: When the words mean nothing.
+
+    Example:
+        >>> meant("isaac.targets", (1, "blocks.*"))
+        ['1', 'blocks.*']
+    """
+    if setting.endswith("dtype") and isinstance(value, str):
+        dtype = getattr(torch, value, None)
+        if not isinstance(dtype, torch.dtype):
+            raise LabError(f"--set {setting}: torch has no dtype {value!r}; try float32 or bfloat16")
+        return dtype
+    if setting.endswith("damping") and isinstance(value, str):
+        share = re.fullmatch(r"relative\(([\d.eE+-]+)\)", value)
+        if share is None:
+            raise LabError(f"--set {setting} is {value!r}: give a number such as 1.0, or relative(1.0)")
+        return quadric.relative(float(share[1]))
+    if setting.endswith((".targets", ".ignore")) and value is not None:
+        names = value.split(",") if isinstance(value, str) else value if isinstance(value, (list, tuple)) else [value]
+        return [str(name).strip() for name in names]  # layers may be called 1 and 3
+    return value
+
+
 def held_bytes(optimizer: object, model: nn.Module) -> int:
-    """Bytes of all tensors an optimizer keeps, each storage once; parameters and gradients are not its own.
+    """Bytes of all tensors an optimizer keeps, each storage once; the model's and its gradients are not its own.
 
     Example:
         >>> model = nn.Linear(100, 1, bias=False)
@@ -235,7 +325,7 @@ def held_bytes(optimizer: object, model: nn.Module) -> int:
     """
     seen: set[int] = set()
     storages: dict[int, int] = {}
-    own = [*model.parameters(), *(p.grad for p in model.parameters() if p.grad is not None)]
+    own = [*model.parameters(), *model.buffers(), *(p.grad for p in model.parameters() if p.grad is not None)]
     not_its = {tensor.untyped_storage().data_ptr() for tensor in own}
     waiting: list[Any] = [optimizer]
     while waiting:

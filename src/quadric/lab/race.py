@@ -271,9 +271,8 @@ def describe_race(
 
 def check_race(race: Race, task: Task) -> None:
     """Build everything once, so that an impossible value is answered before an hour of training."""
-    model = build_model(race.model, task)
-    for name in race.optimizers:
-        build_optimizer(name, model, 1e-3, race.plan(name, 1e-3, 0, 1).settings)
+    for name in race.optimizers:  # a model for each: some optimizers reach into its layers
+        build_optimizer(name, build_model(race.model, task), 1e-3, race.plan(name, 1e-3, 0, 1).settings)
 
 
 def count_steps(race: Race, task: Task) -> int:
