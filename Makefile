@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: race test lint bench bench-steps bench-diagonal peers rules clean
+.PHONY: race test lint bench bench-steps bench-diagonal bench-isaac peers rules clean
 
 race: .venv/installed
 	$(BIN)/quadric race $(ARGS)
@@ -17,7 +17,7 @@ lint: .venv/installed  # pyright brings its own Node.js program, from the npm re
 	$(BIN)/ruff format --check
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
-bench: bench-steps bench-diagonal
+bench: bench-steps bench-diagonal bench-isaac
 
 bench-steps: .venv/installed
 	$(BIN)/python benchmarks/step_cost.py $(ARGS)
@@ -25,7 +25,10 @@ bench-steps: .venv/installed
 bench-diagonal: .venv/installed
 	$(BIN)/python benchmarks/hessian_diagonal.py $(ARGS)
 
-peers: .venv/installed  # other people's libraries, for the rows of bench-diagonal that need them
+bench-isaac: .venv/installed
+	$(BIN)/python benchmarks/isaac_overhead.py $(ARGS)
+
+peers: .venv/installed  # other people's libraries, for the rows of bench-diagonal and bench-isaac that need them
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt -r benchmarks/requirements.txt
 
 rules: .venv/installed  # docs/rules.md from the registry

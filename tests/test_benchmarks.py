@@ -2,6 +2,8 @@
 
 import importlib
 import json
+import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,13 @@ def hessian_diagonal():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(FOLDER)
         yield importlib.import_module("hessian_diagonal")
+
+
+@pytest.fixture(scope="module")
+def isaac_overhead():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield importlib.import_module("isaac_overhead")
 
 
 @pytest.fixture(autouse=True)
@@ -81,3 +90,101 @@ def test_walk(hessian_diagonal, capsys):
     assert set(rows) == set(hessian_diagonal.tiny_chains(12))
     for row in rows.values():
         assert row["rules"] > 0
+
+
+class PublishedLinear(torch.nn.Linear):
+    """What the published layer looks like from outside."""
+
+    def __init__(self, in_features, out_features, la, **options):
+        super().__init__(in_features, out_features, **options)
+        self.la = la
+
+    def forward(self, x):
+        assert x.dim() == 2
+        return super().forward(x)
+
+
+@pytest.fixture
+def published(monkeypatch):
+    package = types.SimpleNamespace(Linear=PublishedLinear)
+    monkeypatch.setitem(sys.modules, "isaac", package)
+    return package
+
+
+def test_overhead_tables(isaac_overhead, published, tmp_path, capsys):
+    out, picture = tmp_path / "out.json", tmp_path / "out.png"
+    names = ["256x16", "1024x64", "resnet20", "gpt"]
+    isaac_overhead.main(
+        ["--quick", "--only", *names, "--rounds", "7", "--threads", "1", "--json", str(out), "--plot", str(picture)]
+    )
+    results = json.loads(out.read_text())
+    printed = capsys.readouterr().out
+    assert list(results) == names
+    assert [results[name]["size"] for name in names] == [[16, 2], [64, 8], None, None]
+    every = {isaac_overhead.AGAIN, isaac_overhead.RELATIVE, isaac_overhead.ABSOLUTE, isaac_overhead.PUBLISHED}
+    assert set(results["256x16"]["rows"]) == set(results["gpt"]["rows"]) == every
+    assert set(results["resnet20"]["rows"]) == every - {isaac_overhead.PUBLISHED}
+    assert results["gpt"]["rows"][isaac_overhead.PUBLISHED]["fails"].startswith("AssertionError")
+    for job in results.values():
+        assert job["title"] in printed
+        for name in (isaac_overhead.AGAIN, isaac_overhead.RELATIVE, isaac_overhead.ABSOLUTE):
+            assert job["rows"][name]["time"] > 0
+        assert job["rows"][isaac_overhead.AGAIN]["memory"] == 1
+    # Weight and gradient are there anyway; a matrix of the rows comes for a while.
+    assert 1 < results["1024x64"]["rows"][isaac_overhead.RELATIVE]["memory"] < 1.5
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bounds_of_rows(isaac_overhead, tmp_path, capsys):
+    out = tmp_path / "out.json"
+    isaac_overhead.main(["--quick", "--only", "mlp", "--max-rows", "2", "4", "--json", str(out)])
+    rows = json.loads(out.read_text())["mlp"]["rows"]
+    assert [name for name in rows if "=" in name] == [f"isaac, max_rows={number}" for number in (2, 4, None)]
+    assert all(row["time"] > 0 for row in rows.values())
+    heads, line = capsys.readouterr().out.splitlines()[-2:]
+    assert heads.split() == ["by", "default", "2", "4", "None"]
+    assert line.split()[-4:] == [f"{row['time']:.3f}" for name, row in rows.items() if name.startswith("isaac")]
+
+
+def test_without_the_published_code(isaac_overhead, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "isaac", None)
+    assert isaac_overhead.published_rows() == {}
+    assert "left out: make peers" in capsys.readouterr().out
+
+
+def test_exchanged_layers_keep_their_parameters(isaac_overhead, published):
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Sequential(torch.nn.Linear(4, 2, bias=False)))
+    before, x = dict(model.named_parameters()), torch.randn(5, 3)
+    outputs = model(x)
+    exchanged = isaac_overhead.exchanged(published)(model)
+    assert [type(module) for module in exchanged.modules()].count(PublishedLinear) == 2
+    assert all(p is before[name] for name, p in exchanged.named_parameters())
+    assert torch.equal(exchanged(x), outputs)
+
+
+def invented(isaac_overhead, ratios):
+    rows = {size: {isaac_overhead.RELATIVE: {"time": ratio}} for size, ratio in ratios.items()}
+    return {
+        f"{size[0]}x{size[1]}": {"title": f"{size}", "size": list(size), "goal": 1.25, "rows": rows[size]}
+        for size in ratios
+    }
+
+
+def test_goals_met_and_missed(isaac_overhead, capsys):
+    isaac_overhead.print_goals(invented(isaac_overhead, {(8, 2): 1.25, (16, 2): 1.251}), isaac_overhead.RELATIVE)
+    _, _, _, first, second = capsys.readouterr().out.splitlines()
+    assert first.endswith("met")
+    assert second.endswith("missed")
+
+
+def test_plot_has_a_panel_for_each_batch(isaac_overhead):
+    figure = isaac_overhead.plot(invented(isaac_overhead, {(8, 2): 1.2, (16, 2): 1.1, (16, 4): 1.4}))
+    assert [axes.get_title(loc="left") for axes in figure.axes] == ["batch 2", "batch 4"]
+    line = figure.axes[0].get_lines()[1]
+    assert list(line.get_xdata()) == [8, 16]
+    assert list(line.get_ydata()) == [1.2, 1.1]
+
+
+def test_plot_needs_a_layer(isaac_overhead):
+    with pytest.raises(ValueError, match="none of mlp is one"):
+        isaac_overhead.plot({"mlp": {"title": "mlp", "size": None, "goal": None, "rows": {}}})
