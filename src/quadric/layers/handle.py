@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from quadric.distributed import alone, average_
-from quadric.layers.intercept import Former, attribute, intercept, release
+from quadric.layers.intercept import Former, Site, attribute, intercept, release
 from quadric.layers.targets import Choice, Target, find_targets
 
 __all__ = ["Conditioning", "Layer"]
@@ -87,31 +87,31 @@ class Conditioning:
         self.layers = {(each.name, start): make(each, start, self) for each in taken for start in _parts(each)}
         self.observing = False  # only output gradients are looked at now
         self.sampled = False  # output gradients come from observe()
-        self._warned = False
+        self.pooled = False  # pooled statistics were used once
+        self._said: set[str] = set()
         self._hooks: list[Any] = []
-        self._modules: list[nn.Module] = []
+        self._sites: list[Site] = []
         names: dict[nn.Module, dict[str, str]] = defaultdict(dict)
         for target in taken:
             names[target.module][target.path] = target.name
         try:
             for module, own in names.items():
-                intercept(module, own, self.former)
-                self._modules.append(module)
+                self._sites.append(intercept(module, own, self.former))
         except ValueError:
             self.remove()
             raise
 
     def former(self, name: str, start: int | None) -> Layer:
-        """The layer of a weight by its name and, for a part of a joint weight, its first row."""
+        """The layer of a weight by its name and, of a part of a joint weight, its first row."""
         return self.layers[name, start]
 
     def remove(self) -> None:
         """Restore the model."""
-        for module in self._modules:
-            release(module)
+        for site in self._sites:
+            release(site)
         for hook in self._hooks:
             hook.remove()
-        self._modules, self._hooks = [], []
+        self._sites, self._hooks = [], []
 
     def observe(self, loss: Tensor) -> None:
         """Take the output gradients of the two-sided ζ from a loss at sampled labels; ``.grad`` stays untouched.
@@ -151,6 +151,7 @@ class Conditioning:
         """
         if not self.settings["pooled"]:
             raise RuntimeError("condition_ needs pooled statistics, but pooled is False: call isaac with pooled=True")
+        self.pooled = True
         pools = {layer: layer.pool for layer in self.layers.values() if layer.pool is not None}
         rows = [torch.tensor(layer.pool_rows, device=pool.device) for layer, pool in pools.items()]
         if not alone():
@@ -159,16 +160,11 @@ class Conditioning:
             layer.pool, layer.pool_rows = None, 0.0
             layer.condition_pooled_(pool, count.item())
 
-    def warn(self, name: str) -> None:
-        """Say once that a damping had to be raised."""
-        if not self._warned:
-            self._warned = True
-            warnings.warn(
-                f"the damped moment of {name} had no Cholesky factor, and more damping was used than "
-                f"{self.settings['damping']}: raise it, or look for inputs that are huge (said once)",
-                RuntimeWarning,
-                stacklevel=2,
-            )
+    def say_once(self, about: str, sentence: str) -> None:
+        """Warn, once of each kind."""
+        if about not in self._said:
+            self._said.add(about)
+            warnings.warn(f"{sentence} (said once)", RuntimeWarning, stacklevel=2)
 
     # State.
 
@@ -193,6 +189,11 @@ class Conditioning:
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         # A copied model has the forwards of its types: it is conditioned anew.
+        if not vars(state["model"]):
+            raise RuntimeError(
+                "the handle of isaac is an attribute of the model that it conditions, and would be copied before it: keep "
+                "the handle beside the model"
+            )
         self.__init__(state["model"], state["settings"], *state["given"])
         self.load_state_dict(state["state"])
 

@@ -12,7 +12,7 @@ import types
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,19 +63,28 @@ class Product(torch.autograd.Function):
         (g,) = grad_outputs
         a, weight = ctx.saved_tensors
         of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
-        input_gradient, bias_gradient = ctx.kind.other_gradients(g, a, weight, of_input=of_input, of_bias=of_bias)
-        return (
-            input_gradient,
-            formed(ctx.former, ctx.kind, g, a, weight) if of_weight else None,
-            bias_gradient,
-            None,
-            None,
-        )
+        kind = ctx.kind.during(g, a, of_input=of_input, of_bias=of_bias) if of_weight else ctx.kind
+        weight_gradient = formed(ctx.former, kind, g, a, weight) if of_weight else None
+        input_gradient, bias_gradient = kind.other_gradients(g, a, weight, of_input=of_input, of_bias=of_bias)
+        return input_gradient, weight_gradient, bias_gradient, None, None
+
+    @staticmethod
+    def hessian_diagonal(ctx: Any, g: Tensor, h: Tensor) -> tuple:
+        """The rule of a product for :func:`quadric.hessian_diagonal`: the other operand squared."""
+        a, weight = ctx.saved_tensors
+        of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
+        of_a, of_b = ctx.kind.other_gradients(h, a, weight.square(), of_input=of_input, of_bias=of_bias)
+        of_weight = ctx.kind.weight_gradient(h, a.square(), weight) if of_weight else None
+        return (of_a, of_weight, of_b)[: len(ctx.next_functions)]
 
 
 @torch.library.custom_op("quadric::weight_gradient", mutates_args=())
 def opaque_gradient(g: Tensor, a: Tensor, weight: Tensor, former: int, geometry: list[int]) -> Tensor:
     """The gradient of a weight, as one operation of a compiled graph."""
+    if former not in FORMERS:
+        raise RuntimeError(
+            "the handle of isaac is gone between the forward and the backward of a compiled model: keep it until then"
+        )
     gradient = FORMERS[former](map_of(geometry), g, a, weight)
     return torch.zeros_like(weight) if gradient is None else gradient.contiguous()
 
@@ -114,7 +123,7 @@ _apply = super(torch.autograd.Function, DualProduct).apply  # pyright: ignore[re
 
 def product(kind: Map, a: Tensor, weight: Tensor, bias: Tensor | None, former: Former) -> Tensor:
     """The output of a map; the gradient of its weight will come from ``former``."""
-    if torch.is_autocast_enabled(a.device.type):
+    if a.device.type != "meta" and torch.is_autocast_enabled(a.device.type):
         a, weight, bias = _autocast(a), _autocast(weight), None if bias is None else _autocast(bias)
     if torch.compiler.is_compiling():
         return Product.apply(a, weight, bias, kind, former)
@@ -136,19 +145,22 @@ class Site:
     Args:
         module: Its ``forward`` is overlaid.
         names: The weights in question, by their path from the module: the name of each.
-        former: Gives the former of a weight by its name and, where only some rows of it are multiplied (as in the joint
-            projection of an attention), the first of these rows.
+        former: Gives the former of a weight by its name and, of a part of a joint weight, its first row.
     """
 
-    def __init__(self, module: nn.Module, names: dict[str, str], former: Callable[[str, int | None], Former | None]):
+    def __init__(self, module: nn.Module, names: dict[str, str], former: Callable[[str, int | None], Former]):
         self.module, self.names, self.former = module, names, former
         self.plain = type(module).forward
-        if self.plain is nn.Linear.forward:
-            self.forward = self.linear_forward
-        self.attention = _with_products(F.multi_head_attention_forward, self.linear)
+        self.active = True  # somebody may hold it after it was released
+        if isinstance(module, nn.MultiheadAttention):
+            self.attention = _with_products(F.multi_head_attention_forward, self.linear)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.forward(*args, **kwargs)
+        """The module's own forward, with its products recognised."""
+        if not self.active or not any(_differentiated(p) for p in self.module.parameters()):
+            return self.plain(self.module, *args, **kwargs)
+        with Recognition(self):
+            return self.plain(self.module, *args, **kwargs)
 
     def __repr__(self) -> str:
         return f"isaac's conditioning of {', '.join(self.names.values())}"
@@ -157,34 +169,77 @@ class Site:
         # A copy or a file of the model holds the module's own forward.
         return getattr, (self.module, "forward")
 
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's own forward, with its products recognised."""
-        if not torch.is_grad_enabled():
-            return self.plain(self.module, *args, **kwargs)
-        with Recognition(self):
-            return self.plain(self.module, *args, **kwargs)
-
-    def linear_forward(self, input: Tensor) -> Tensor:
-        """The forward of ``nn.Linear``, without the detour of recognising its one product."""
-        return self.linear(input, self.module.weight, self.module.bias)  # pyright: ignore[reportArgumentType]
-
-    def linear(self, input: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    def linear(self, input: Tensor, weight: Tensor | Part, bias: Tensor | None = None) -> Tensor:
         """``torch.nn.functional.linear``."""
-        former = self.recognise(input, weight)
+        weight, former = self.recognise(input, weight)
         return F.linear(input, weight, bias) if former is None else product(LINEAR, input, weight, bias, former)
 
-    def recognise(self, a: Tensor, weight: Tensor) -> Former | None:
-        """Who forms the gradient of this weight; None for torch."""
-        if not (weight.requires_grad and torch.is_grad_enabled()) or a.is_nested or weight.is_complex():
-            return None
+    def recognise(self, a: Tensor, weight: Tensor | Part) -> tuple[Tensor, Former | None]:
+        """A weight, and who forms its gradient; None for torch."""
+        start = None
+        if isinstance(weight, Part):
+            weight, start = weight.tensor, weight.start
+        if not _differentiated(weight) or a.is_nested:
+            return weight, None
         for path, name in self.names.items():
-            own = attribute(self.module, path)
-            if weight is own:
-                return self.former(name, None)
-            if weight._base is not None and weight._base is own:
-                return self.former(name, weight.storage_offset() // weight.stride(0))
-        # A weight that is computed, for instance masked, belongs here; another module's parameter does not.
-        return None if weight.is_leaf else self.former(next(iter(self.names.values())), None)
+            own = _parameter(self.module, path)
+            if own is None:  # it is computed anew for each forward
+                found = not weight.is_leaf
+            else:
+                # A weight of the same shape that is computed, for instance masked, is taken for it.
+                found = weight is own or weight._base is own or (not weight.is_leaf and weight.shape == own.shape)
+            if found or (start is not None and path == "in_proj_weight"):
+                return weight, self.former(name, start)
+        return weight, None
+
+
+class LinearSite(Site):
+    """An ``nn.Linear``, whose one product need not be recognised."""
+
+    def __init__(self, module: nn.Module, names: dict[str, str], former: Callable[[str, int | None], Former]):
+        super().__init__(module, names, former)
+        self.only = former(names["weight"], None)
+
+    def __call__(self, input: Tensor) -> Tensor:
+        """The module's forward."""
+        module = self.module
+        weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
+        bias: Tensor | None = module.bias  # pyright: ignore[reportAssignmentType]
+        if not self.active or not _differentiated(weight) or input.is_nested:
+            return F.linear(input, weight, bias)
+        return product(LINEAR, input, weight, bias, self.only)
+
+
+class Part(NamedTuple):
+    """Some rows of a joint weight.
+
+    Args:
+        tensor: The rows.
+        start: The first of them.
+    """
+
+    tensor: Tensor
+    start: int
+
+
+class JointWeight:
+    """The joint projection of an attention, whose parts know where they begin.
+
+    Args:
+        weight: Of queries, keys and values, ``(3 width, width)``.
+    """
+
+    def __init__(self, weight: Tensor):
+        self.weight = weight
+
+    def split(self, sizes: list[int]) -> list[Part]:
+        """Parts of so many rows."""
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        return [Part(part, start) for part, start in zip(self.weight.split(sizes), starts, strict=True)]
+
+    def chunk(self, count: int) -> list[Part]:
+        """So many equal parts."""
+        return self.split([self.weight.shape[0] // count] * count)
 
 
 class Recognition(TorchFunctionMode):
@@ -199,7 +254,7 @@ class Recognition(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is F.linear:
             return self.site.linear(*args, **kwargs)
-        if func is F.multi_head_attention_forward:
+        if func is F.multi_head_attention_forward and isinstance(self.site.module, nn.MultiheadAttention):
             return self.site.attention(*args, **kwargs)
         if func in CONVOLUTIONS:
             return self.convolution(func, *args, **kwargs)
@@ -209,7 +264,7 @@ class Recognition(TorchFunctionMode):
         self, func: Any, input: Tensor, weight: Tensor, bias: Tensor | None = None, *args: Any, **kwargs: Any
     ) -> Any:
         """A convolution of ``torch.nn.functional``."""
-        former = self.site.recognise(input, weight)
+        weight, former = self.site.recognise(input, weight)
         axes = weight.ndim - 2
         if former is None:
             return func(input, weight, bias, *args, **kwargs)
@@ -238,7 +293,7 @@ STRAIGHT = {"stride": 1, "padding": 0, "dilation": 1, "groups": 1}
 TRANSPOSED = {"stride": 1, "padding": 0, "output_padding": 0, "groups": 1, "dilation": 1}
 
 
-def intercept(module: nn.Module, names: dict[str, str], former: Callable[[str, int | None], Former | None]) -> None:
+def intercept(module: nn.Module, names: dict[str, str], former: Callable[[str, int | None], Former]) -> Site:
     """Overlay the forward of a module; see :class:`Site`.
 
     Raises:
@@ -248,13 +303,24 @@ def intercept(module: nn.Module, names: dict[str, str], former: Callable[[str, i
     if getattr(present, "__func__", None) is not type(module).forward:
         layer = next(iter(names.values())).rpartition(".")[0] or "the model"
         raise ValueError(f"the forward of {layer} is replaced already, by {present!r}: remove that before")
-    module.forward = Site(module, names, former)
+    kind = LinearSite if type(module).forward is nn.Linear.forward else Site
+    module.forward = site = kind(module, names, former)
+    return site
 
 
-def release(module: nn.Module) -> None:
-    """Take the overlay away."""
-    if isinstance(vars(module).get("forward"), Site):
-        del module.forward
+def release(site: Site) -> None:
+    """Take the overlay away, or switch it off where somebody has put another one over it."""
+    site.active = False
+    if vars(site.module).get("forward") is site:
+        del site.module.forward
+
+
+def _parameter(module: nn.Module, path: str) -> Tensor | None:
+    # What a path leads to where it is a parameter; None where it is computed.
+    *way, name = path.split(".")
+    for step in way:
+        module = module.get_submodule(step)
+    return module._parameters.get(name)
 
 
 def attribute(module: nn.Module, path: str) -> Tensor:
@@ -262,6 +328,12 @@ def attribute(module: nn.Module, path: str) -> Tensor:
     for name in path.split("."):
         module = getattr(module, name)
     return module  # pyright: ignore[reportReturnType]
+
+
+def _differentiated(weight: Tensor) -> bool:
+    # Whether a weight may get a gradient. What transforms and compilers wrap does not tell: autograd will.
+    wrapped = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
+    return torch.is_grad_enabled() and (weight.requires_grad or wrapped) and not weight.is_complex()
 
 
 def _each(value: Any, axes: int) -> tuple[int, ...]:
@@ -286,6 +358,10 @@ def _with_products(function: Any, linear: Any) -> Any:
     del scope["__name__"]  # a compiler would look names up in the module of that name
     for name in ("_in_projection", "_in_projection_packed"):
         scope[name] = types.FunctionType(getattr(F, name).__code__, scope, name, getattr(F, name).__defaults__)
+    joint = scope["_in_projection_packed"]
+    scope["_in_projection_packed"] = lambda q, k, v, weight, bias: joint(
+        q, k, v, weight if q is k is v else JointWeight(weight), bias
+    )
     copy = types.FunctionType(function.__code__, scope, function.__name__, function.__defaults__)
     copy.__kwdefaults__ = function.__kwdefaults__
     return copy

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
@@ -54,6 +54,14 @@ class Map(ABC):
     @abstractmethod
     def weight_gradient(self, g: Tensor, a: Tensor, weight: Tensor) -> Tensor:
         """The gradient ``gᵀ a`` of the weight, in the weight's shape."""
+
+    def during(self, g: Tensor, a: Tensor, *, of_input: bool, of_bias: bool) -> Map:
+        """The map for one backward pass, in which the other gradients will be asked for after that of the weight."""
+        return self
+
+    def plain(self) -> Map:
+        """The map without a pass."""
+        return self
 
     @abstractmethod
     def mixed_gradient(self, g: Tensor, a: Tensor, weight: Tensor, mix: Mixing) -> Tensor:
@@ -102,21 +110,23 @@ class Linear(Map):
     def other_gradients(  # noqa: D102
         self, g: Tensor, a: Tensor, weight: Tensor, *, of_input: bool, of_bias: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        rows = g.reshape(-1, g.shape[-1])
-        of_a = None
-        if of_input and a.ndim == 2 and a.stride() == (1, a.shape[0]):  # the order that torch takes for such an input
-            of_a = weight.t().mm(g.t()).t()
+        of_a = of_b = None
+        if of_input and a.ndim == 1:
+            of_a = weight.t().mv(g)
+        elif of_input and a.ndim == 2 and not a.is_contiguous() and a.stride() == (1, a.shape[0]):
+            of_a = weight.t().mm(g.t()).t()  # the order that torch takes for such an input
         elif of_input:
-            of_a = weight.t().mv(g) if a.ndim == 1 else rows.mm(weight).view(a.shape)
-        # Strided inputs of more axes meet the bias apart from the product: their gradients are summed in another order.
-        summed = rows if a.ndim < 3 or a.is_contiguous() else g
-        return of_a, summed.sum_to_size(g.shape[-1]) if of_bias else None
+            of_a = _flat(g).mm(weight).view(a.shape)
+        if of_bias:
+            # Strided inputs of more axes meet the bias apart from the product: their gradients are summed together.
+            of_b = _flat(g).sum(0) if a.ndim < 3 or a.is_contiguous() else g.sum_to_size(g.shape[-1])
+        return of_a, of_b
 
     def weight_gradient(self, g: Tensor, a: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
-        return g.reshape(-1, g.shape[-1]).t().mm(a.reshape(-1, a.shape[-1]))
+        return _flat(g).t().mm(_flat(a))
 
     def mixed_gradient(self, g: Tensor, a: Tensor, weight: Tensor, mix: Mixing) -> Tensor:  # noqa: D102
-        g, a = g.reshape(-1, g.shape[-1]), a.reshape(-1, a.shape[-1])
+        g, a = _flat(g), _flat(a)
         return mix(g).t().mm(a) if g.shape[1] <= a.shape[1] else g.t().mm(mix(a))
 
     def smoothed_gradient(self, g: Tensor, a: Tensor, weight: Tensor, smoother: Tensor) -> Tensor:  # noqa: D102
@@ -127,13 +137,13 @@ class Linear(Map):
 
     def sizes(self, g: Tensor, a: Tensor, weight: Tensor) -> Sizes:  # noqa: D102
         outputs, features = weight.shape
-        return Sizes(1, a.numel() // features if features else 0, features, outputs)
+        return Sizes(1, g.numel() // outputs if outputs else 0, features, outputs)
 
     def rows(self, g: Tensor, a: Tensor, weight: Tensor, picks: Tensor | None) -> Tensor:  # noqa: D102
-        return _picked(a.reshape(-1, a.shape[-1]), picks)
+        return _picked(_flat(a), picks)
 
     def output_rows(self, g: Tensor, a: Tensor, weight: Tensor, picks: Tensor | None) -> Tensor:  # noqa: D102
-        return _picked(g.reshape(-1, g.shape[-1]), picks)
+        return _picked(_flat(g), picks)
 
     def geometry(self) -> list[int]:  # noqa: D102
         return []
@@ -166,7 +176,9 @@ class Convolution(Map):
     groups: int
 
     @property
-    def _arguments(self) -> tuple:
+    def _arguments(
+        self,
+    ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool, tuple[int, ...], int]:
         return self.stride, self.padding, self.dilation, self.transposed, self.output_padding, self.groups
 
     def output(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
@@ -182,6 +194,9 @@ class Convolution(Map):
 
     def weight_gradient(self, g: Tensor, a: Tensor, weight: Tensor) -> Tensor:  # noqa: D102
         return self._backward(g, a, weight, False, True, False)[1]
+
+    def during(self, g: Tensor, a: Tensor, *, of_input: bool, of_bias: bool) -> Map:  # noqa: D102
+        return _ConvolutionPass(*self._arguments, g, a, of_input, of_bias) if of_bias else self
 
     def _backward(self, g: Tensor, a: Tensor, weight: Tensor, *wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
         outputs = g.shape[1:2]
@@ -254,8 +269,42 @@ class Convolution(Map):
         return seen.movedim(-1, 1).reshape(len(picks), self.groups, -1).movedim(1, 0)
 
 
+def _flat(x: Tensor) -> Tensor:
+    # All axes but the last one as rows.
+    return x if x.ndim == 2 else x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
+
+
 def _picked(rows: Tensor, picks: Tensor | None) -> Tensor:
     return rows if picks is None else rows.index_select(0, picks)
+
+
+@dataclass(frozen=True)
+class _ConvolutionPass(Convolution):
+    # CPUs get the gradient of the bias from the product that gives the weight's: all are taken from one call.
+
+    g: Tensor
+    a: Tensor
+    of_input: bool
+    of_bias: bool
+    others: list[Tensor | None] = field(default_factory=list)
+
+    def plain(self) -> Map:
+        return Convolution(*self._arguments)
+
+    def weight_gradient(self, g: Tensor, a: Tensor, weight: Tensor) -> Tensor:
+        if g is not self.g or a is not self.a:  # one of them is mixed
+            return super().weight_gradient(g, a, weight)
+        of_a, of_weight, of_b = self._backward(g, a, weight, self.of_input, True, self.of_bias)
+        self.others[:] = [of_a, of_b]
+        return of_weight
+
+    def other_gradients(
+        self, g: Tensor, a: Tensor, weight: Tensor, *, of_input: bool, of_bias: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if not self.others:
+            return super().other_gradients(g, a, weight, of_input=of_input, of_bias=of_bias)
+        of_a, of_b = self.others
+        return of_a, of_b
 
 
 def map_of(geometry: list[int]) -> Map:

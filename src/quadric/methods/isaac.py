@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -74,13 +75,19 @@ class relative:
 Damping = Schedule | relative
 
 
-def shift(damping: Damping, updates: int, squares: Tensor, rows: int, features: int) -> Tensor | float:
-    """``rows·λ``: what the sum of ``rows`` squares, ``squares`` over all ``features``, is damped by."""
-    level = damping_at(damping, updates)
+def damping_now(damping: Damping, passes: int) -> Damping:
+    """The damping of a pass, no longer a schedule."""
+    level = damping_at(damping, passes)
+    return relative(level) if isinstance(damping, relative) else level
+
+
+def summed_damping(damping: Damping, passes: int, squares: Tensor, rows: int, features: int) -> Tensor | float:
+    """``rows·λ``, where the squares of all ``features`` of so many rows are given, in any partial sums."""
+    level = damping_at(damping, passes)
     if not isinstance(damping, relative):
         return rows * level
-    scale = squares * (level / features)
-    return torch.where(scale > 0, scale, 1.0)  # all inputs are zero, and so is the gradient
+    # Where all inputs are zero, so is the gradient: any shift serves.
+    return (squares.sum() * (level / features)).clamp_min(torch.finfo(squares.dtype).tiny)
 
 
 # The mathematics.
@@ -100,23 +107,32 @@ class Inverse(NamedTuple):
     raised: bool
 
 
-def inverse(gram: Tensor, shift: Tensor | float) -> Inverse:
-    """The inverse of ``gram + shift·I``, with a larger shift where rounding has hidden it; ``gram`` is overwritten.
+def inverse(gram: Tensor, damping: Damping, passes: int, rows: int, features: int) -> Inverse | None:
+    """The inverse of ``gram + rows·λ·I``, with a larger λ where rounding has hidden it; ``gram`` is overwritten.
 
-    It is formed because products with a small dense matrix run several times faster than triangular solves.
+    It is formed because products with a small dense matrix run several times faster than triangular solves. None stands
+    for a matrix that is not finite.
+
+    Args:
+        gram: Outer or inner products of rows, ``(..., k, k)``.
+        damping: λ.
+        passes: So far, for a schedule of λ.
+        rows: How many.
+        features: Length of a row, over all groups.
     """
     diagonal = gram.diagonal(dim1=-2, dim2=-1)
+    shift = summed_damping(damping, passes, diagonal, rows, features)
     diagonal.add_(shift)
     factor, failed = torch.linalg.cholesky_ex(gram)
     if torch._C._are_functorch_transforms_active():  # where a value may not decide anything
         result = torch.cholesky_inverse(factor)
         return Inverse(torch.where((failed > 0)[..., None, None], math.nan, result), shift, False)
     raised = False
-    while bool(failed.any()):
+    while bool(failed if failed.ndim == 0 else failed.any()):
         raised = True
         larger = 10 * shift + gram.shape[-1] * torch.finfo(gram.dtype).eps * diagonal.detach().max()
-        if not bool(torch.isfinite(larger).all()):  # so is the plain gradient: let it be seen there
-            return Inverse(torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram), 1.0, True)
+        if not bool(torch.isfinite(larger).all()):
+            return None
         diagonal.add_(larger - shift)
         shift = larger
         factor, failed = torch.linalg.cholesky_ex(gram)
@@ -135,6 +151,7 @@ class Way(NamedTuple):
     flops: float
 
 
+@lru_cache(maxsize=1024)
 def cheapest(sizes: Sizes, looked: int, several: bool) -> Way:
     """The cheapest way to condition a gradient by so many of the rows.
 
@@ -164,7 +181,7 @@ def average_cost(sizes: Sizes, looked: int, every: int) -> float:
 
 
 def condition(
-    kind: Map, g: Tensor, a: Tensor, weight: Tensor, picks: Tensor | None, damping: Damping, updates: int, way: str
+    kind: Map, g: Tensor, a: Tensor, weight: Tensor, picks: Tensor | None, damping: Damping, passes: int, way: str
 ) -> tuple[Tensor, bool]:
     """ζ* of one map: the conditioned gradient of its weight, and whether the damping had to be raised.
 
@@ -175,20 +192,22 @@ def condition(
         weight: Its weight.
         picks: The rows that stand for all in the moment; None takes all.
         damping: λ.
-        updates: Passes so far, for a schedule of λ.
+        passes: So far, for a schedule of λ.
         way: One of :func:`cheapest`.
     """
-    groups, _, features, _ = kind.sizes(g, a, weight)
-    dtype = torch.promote_types(a.dtype, torch.float32)
-    rows = kind.rows(g, a, weight, picks).to(dtype)
+    rows = kind.rows(g, a, weight, picks)
+    dtype = torch.promote_types(rows.dtype, torch.float32)
+    rows = rows.to(dtype)
     cross = None
     if way == "mixed rows":
         cross = kind.rows(g, a, weight, None).to(dtype) @ rows.mT
         gram = cross.index_select(0, picks)  # pyright: ignore[reportArgumentType]
     else:
         gram = rows.mT @ rows if way == "features" else rows @ rows.mT
-    squares = gram.diagonal(dim1=-2, dim2=-1).sum()
-    small, rho, raised = inverse(gram, shift(damping, updates, squares, rows.shape[-2], groups * features))
+    inverted = inverse(gram, damping, passes, rows.shape[-2], rows.numel() // rows.shape[-2])
+    if inverted is None:  # what is wrong with the inputs will be seen in the plain gradient, or it is right
+        return kind.weight_gradient(g, a, weight), False
+    small, rho, raised = inverted
     if way == "features":
         gradient = kind.smoothed_gradient(g, a, weight, small * rho)
     elif way == "rows":
@@ -198,7 +217,7 @@ def condition(
         gradient = kind.matrix(kind.weight_gradient(g, a, weight)).to(dtype)
         gradient = kind.weight(gradient - (gradient @ rows.mT) @ small @ rows, weight)
     else:
-        flat = g.reshape(-1, g.shape[-1])
+        flat = kind.output_rows(g, a, weight, None)
         part = small @ (cross.mT @ flat.to(dtype))
         mixed = flat.index_add(0, picks, part.to(flat.dtype), alpha=-1)  # pyright: ignore[reportArgumentType]
         gradient = kind.weight_gradient(mixed, a, weight)
@@ -209,10 +228,10 @@ def sample(rows: int, most: int | None, device: torch.device) -> Tensor | None:
     """Numbers of ``most`` of the rows, one drawn from each of as many equal stretches; None for all of them."""
     if most is None or rows <= most:
         return None
-    places = torch.arange(most, dtype=torch.float64, device=device) + torch.rand(
-        most, dtype=torch.float64, device=device
-    )
-    return (places * (rows / most)).long().clamp_(max=rows - 1)
+    double = {"dtype": torch.float64, "device": device}
+    # A transform of torch.func would not let numbers be drawn: there it is the middle of each stretch.
+    drawn = 0.5 if torch._C._are_functorch_transforms_active() else torch.rand(most, **double)
+    return ((torch.arange(most, **double) + drawn) * (rows / most)).long().clamp_(max=rows - 1)
 
 
 # The estimate.
@@ -256,7 +275,8 @@ class InputMoment(Curvature):
         require(averages, "decay", decay, "0 ≤ decay < 1", "None keeps the last batch alone, 0.9 averages")
         self.features, self.groups, self.decay = features, groups, decay
         self.register_buffer("moment", torch.empty(0))
-        self._smoother: Inverse | None = None  # until the next update
+        self._smoother: Tensor | None = None  # until the next update
+        self.raised = False  # whether it took more damping
 
     @torch.no_grad()
     def update(self, observation: Tensor) -> None:
@@ -293,16 +313,15 @@ class InputMoment(Curvature):
 
     def matrix(self) -> Dense:  # noqa: D102
         moment = self.average()
-        squares = moment.diagonal(dim1=1, dim2=2).sum()
-        return Dense(moment, float(shift(self.damping, self.updates, squares, 1, self.dim)))
+        squares = moment.diagonal(dim1=1, dim2=2)
+        return Dense(moment, float(summed_damping(self.damping, self.updates, squares, 1, self.dim)))
 
-    def smoother(self) -> Inverse:
-        """``λ (M + λI)⁻¹``, ``(groups, n, n)``, made once after an update."""
-        if self._smoother is None:
-            moment = self.average().clone()
-            squares = moment.diagonal(dim1=1, dim2=2).sum()
-            small, rho, raised = inverse(moment, shift(self.damping, self.updates, squares, 1, self.dim))
-            self._smoother = Inverse(small * rho, rho, raised)
+    def smoother(self) -> Tensor | None:
+        """``λ (M + λI)⁻¹``, ``(groups, n, n)``, made once after an update; None for the identity, before the first."""
+        if self._smoother is None and self.updates:
+            inverted = inverse(self.average().clone(), self.damping, self.updates, 1, self.dim)
+            if inverted is not None:
+                self._smoother, self.raised = inverted.matrix * inverted.shift, inverted.raised
         return self._smoother
 
     def shared(self) -> dict[str, Tensor]:  # noqa: D102
@@ -322,11 +341,13 @@ class ConditionedLayer(Layer):
     def __init__(self, target: Target, start: int | None, handle: Conditioning):
         super().__init__(target, start, handle)
         self.passes = 0
-        self.kind: Map | None = None  # of the last pass, as the next three
-        self.sizes = Sizes(0, 0, 0, 0)
+        self.sizes = Sizes(0, 0, 0, 0)  # of the last pass, as the next three
         self.looked = 0
         self.way = Way("", 0.0)
-        self.moments: dict[str, InputMoment] = {}  # of "inputs", where more than this batch counts, and of "outputs"
+        self.raised = False
+        self.moments: dict[str, InputMoment] = {}  # by side and shape, where more than this batch counts
+        self.kind: Map | None = None  # of what is pooled
+        self.task = -1  # the last backward that pooled
 
     def __call__(self, kind: Map, g: Tensor, a: Tensor, weight: Tensor) -> Tensor | None:
         """The gradient of the weight; None where only its outputs are looked at."""
@@ -341,62 +362,107 @@ class ConditionedLayer(Layer):
         if 0 in sizes:
             return kind.weight_gradient(g, a, weight)
         picks = sample(sizes.rows, settings["max_rows"], a.device)
-        self.kind, self.sizes, self.looked = kind, sizes, sizes.rows if picks is None else len(picks)
+        self.sizes, self.looked = sizes, sizes.rows if picks is None else len(picks)
         if self.handle.observing:
-            self.learn("outputs", kind.output_rows(g, a, weight, picks) * sizes.rows)
+            self.learn("outputs", kind.output_rows(g, a, weight, picks))
             return None
-        looks = self.passes % settings["refresh_every"] == 0
+        looks, self.raised = self.passes % settings["refresh_every"] == 0, False
         self.passes += 1
         if settings["pooled"]:
-            self.way = Way("pooled", average_cost(sizes, self.looked, 1))
-            self.add_to_pool(kind.rows(g, a, weight, picks))
+            self.add_to_pool(kind, kind.rows(g, a, weight, picks), weight)
             return kind.weight_gradient(g, a, weight)
         if settings["decay"] is None and settings["refresh_every"] == 1:
-            self.way = cheapest(sizes, self.looked, several=isinstance(kind, Linear))
-            gradient, raised = condition(kind, g, a, weight, picks, settings["damping"], self.passes, self.way.name)
+            self.way = cheapest(sizes, self.looked, isinstance(kind, Linear))
+            damping = settings["damping"]
+            gradient, self.raised = condition(kind, g, a, weight, picks, damping, self.passes, self.way.name)
         else:
             self.way = Way("average", average_cost(sizes, self.looked, settings["refresh_every"]))
             if looks:
                 self.learn("inputs", kind.rows(g, a, weight, picks))
-            smoother, _, raised = self.moment("inputs").smoother()
-            gradient = kind.smoothed_gradient(g, a, weight, smoother.squeeze(0) if sizes.groups == 1 else smoother)
+            smoother = self.smoother("inputs")
+            gradient = (
+                kind.weight_gradient(g, a, weight)
+                if smoother is None
+                else kind.smoothed_gradient(g, a, weight, smoother)
+            )
         if settings["output_damping"] is not None:
             if looks and not self.handle.sampled:
-                self.learn("outputs", kind.output_rows(g, a, weight, picks) * sizes.rows)
-            smoother, _, also = self.moment("outputs").smoother()
-            matrix = kind.matrix(gradient)
-            gradient = kind.weight((smoother @ matrix.to(smoother.dtype)).view_as(matrix), weight)
-            raised |= also
-        if raised:
-            self.handle.warn(self.name)
+                self.learn("outputs", kind.output_rows(g, a, weight, picks))
+            smoother = self.smoother("outputs")
+            if smoother is not None:
+                gradient = kind.weight(smoother @ kind.matrix(gradient).to(smoother.dtype), weight)
+        if self.raised:
+            self.warn()
         return gradient.to(weight.dtype)
 
     def moment(self, side: str) -> InputMoment:
         """The moment of one side, under the settings of now."""
         settings, (groups, _, features, outputs) = self.handle.settings, self.sizes
-        if side not in self.moments:
-            self.moments[side] = InputMoment(features if side == "inputs" else outputs, groups=groups)
-        moment = self.moments[side]
-        moment.damping = settings["damping" if side == "inputs" else "output_damping"]
+        columns = features if side == "inputs" else outputs
+        key = f"{side} {groups}x{columns}"  # a module of the user's may multiply by several forms of its weight
+        if key not in self.moments:
+            self.moments[key] = InputMoment(columns, groups=groups)
+        moment = self.moments[key]
+        moment.damping = damping_now(settings["damping" if side == "inputs" else "output_damping"], self.passes)
         moment.decay = settings["decay"]
         return moment
+
+    def smoother(self, side: str) -> Tensor | None:
+        """What the moment of one side multiplies a gradient by, as the map's matrices are shaped; None for nothing."""
+        moment = self.moment(side)
+        smoother = moment.smoother()
+        self.raised |= moment.raised
+        return smoother[0] if smoother is not None and self.sizes.groups == 1 else smoother
 
     def learn(self, side: str, rows: Tensor) -> None:
         """Add rows, ``(..., rows, columns)``, to the moment of one side, unless one of them is not finite."""
         self.refuse_transforms()
+        rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+        if side == "outputs":
+            rows = rows * self.sizes.rows  # the mean over rows is not theirs
         if bool(torch.isfinite(rows).all()):
-            self.moment(side).absorb(rows.detach().reshape(-1, *rows.shape[-2:]))
+            self.moment(side).absorb(rows.reshape(-1, *rows.shape[-2:]))
 
-    def add_to_pool(self, rows: Tensor) -> None:
-        """Add rows to what the next step will condition its gradient by, unless one of them is not finite."""
+    def add_to_pool(self, kind: Map, rows: Tensor, weight: Tensor) -> None:
+        """Add rows to what the next step will condition its gradient by, unless one of them is not finite.
+
+        Raises:
+            RuntimeError: if the weight is computed from the one whose gradient will be conditioned.
+        """
         self.refuse_transforms()
-        if self.weight.grad is None:  # of a step that was skipped
+        own = self.weight[self.part()]
+        if own.shape != weight.shape:
+            raise RuntimeError(
+                f"{self.name} has the shape {tuple(own.shape)} and is multiplied by as {tuple(weight.shape)}, and pooled "
+                "statistics condition the gradients of whole weights: use pooled=False, or name it in ignore"
+            )
+        task = torch._C._current_graph_task_id()  # a layer may be used several times in one backward
+        if self.weight.grad is None and task != self.task and self.pool is not None:  # the step was skipped
+            if not self.handle.pooled:
+                self.handle.say_once(
+                    "pool",
+                    f"the pooled statistics of {self.name} were never used: call handle.attach(optimizer), or "
+                    "handle.condition_() before each step",
+                )
             self.pool, self.pool_rows = None, 0.0
+        self.way, self.kind, self.task = Way("pooled", average_cost(self.sizes, self.looked, 1)), kind.plain(), task
         if bool(torch.isfinite(rows).all()):
             rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
             gram = rows.mT @ rows * (self.sizes.rows / rows.shape[-2])
             self.pool = gram if self.pool is None else self.pool + gram
             self.pool_rows += self.sizes.rows
+
+    def part(self) -> slice:
+        """The rows of the weight that this is the gradient of."""
+        return slice(None) if self.start is None else slice(self.start, self.start + self.sizes.outputs)
+
+    def warn(self) -> None:
+        """Say that more damping was used."""
+        self.handle.say_once(
+            "damping",
+            f"a damped moment of {self.name} had no Cholesky factor, and more damping was used than "
+            f"{self.handle.settings['damping']}: raise it, or look for inputs that are huge",
+        )
 
     def refuse_transforms(self) -> None:
         """Raise inside a transform of ``torch.func``, which may not change what a layer keeps."""
@@ -407,18 +473,17 @@ class ConditionedLayer(Layer):
             )
 
     def condition_pooled_(self, pool: Tensor, rows: float) -> None:
-        weight, kind = self.weight, self.kind
+        weight, kind, self.raised = self.weight, self.kind, False
         if weight.grad is None or kind is None or not rows:
             return
         moment = self.moment("inputs")
-        moment.blend((pool / rows).view(moment.groups, moment.features, moment.features))
-        smoother, _, raised = moment.smoother()
-        part = slice(None) if self.start is None else slice(self.start, self.start + self.sizes.outputs)
-        gradient = kind.matrix(weight.grad[part])
-        smoothed = (gradient.to(smoother.dtype) @ smoother).view_as(gradient)
-        weight.grad[part] = kind.weight(smoothed, weight.grad[part]).to(weight.grad.dtype)
-        if raised:
-            self.handle.warn(self.name)
+        moment.blend((pool / rows).reshape(moment.groups, moment.features, moment.features))
+        smoother = self.smoother("inputs")
+        if smoother is not None:
+            gradient = weight.grad[self.part()]
+            gradient.copy_(kind.weight(kind.matrix(gradient).to(smoother.dtype) @ smoother, gradient))
+        if self.raised:
+            self.warn()
 
     def state(self) -> dict[str, Tensor]:
         if not self.passes and not self.moments:
@@ -436,7 +501,7 @@ class ConditionedLayer(Layer):
             self.moments[side].restore(own, {})
 
     def seen(self) -> tuple[str, ...] | None:
-        if self.kind is None:
+        if not self.looked:
             return None
         groups, rows, features, outputs = self.sizes
         extra = self.way.flops / (6 * groups * rows * features * outputs)
@@ -634,7 +699,7 @@ class ISAAC(CurvatureOptimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
         }
-        super().__init__(model.named_parameters(), defaults)
+        super().__init__(model.parameters(), defaults)
         self.handle = Conditioning(model, self.param_groups[0], targets, ignore, ConditionedLayer)
 
     def check(self, group: dict[str, Any]) -> None:  # noqa: D102
