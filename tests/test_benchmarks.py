@@ -135,6 +135,18 @@ def test_overhead_tables(isaac_overhead, published, tmp_path, capsys):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_row_conditions_what_it_times(isaac_overhead):
+    torch.manual_seed(0)
+    job = isaac_overhead.layer(6, 4)
+    subjects = {}
+    for row in (isaac_overhead.plain, isaac_overhead.conditioned(damping=0.5)):
+        subjects[row] = subject = isaac_overhead.Subject(job.case)
+        isaac_overhead.starting(job, row)(subject).run()
+    plain, ours = (subject.model.weight.grad for subject in subjects.values())
+    a = job.case.inputs
+    torch.testing.assert_close(ours, 0.5 * plain @ torch.linalg.inv(a.T @ a / 4 + 0.5 * torch.eye(6)))
+
+
 def test_bounds_of_rows(isaac_overhead, tmp_path, capsys):
     out = tmp_path / "out.json"
     isaac_overhead.main(["--quick", "--only", "mlp", "--max-rows", "2", "4", "--json", str(out)])
