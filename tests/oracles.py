@@ -174,3 +174,86 @@ def hessian_diagonal(loss, params):
                 diagonal.view(-1)[i] = row.flatten()[i]
         diagonals.append(diagonal)
     return tuple(diagonals)
+
+
+# ISAAC: a layer is, for each of its groups, one matrix that meets rows of inputs.
+
+
+def conditioned(g, a, damping, looked=None):
+    """``λ gᵀa (aᵀa/B + λI)⁻¹``; the moment may be of other rows than a."""
+    g, a = g.double(), a.double()
+    looked = a if looked is None else looked.double()
+    eye = torch.eye(a.shape[1], dtype=torch.float64)
+    return damping * g.mT @ a @ torch.linalg.inv(looked.mT @ looked / len(looked) + damping * eye)
+
+
+def conditioned_twice(g, a, damping, output_damping, observed=None):
+    """``λ_g (ḡᵀḡ/B + λ_g I)⁻¹ ζ*`` with ḡ = B g, or ḡ = B times other gradients of the outputs."""
+    scaled = len(a) * (g if observed is None else observed).double()
+    eye = torch.eye(g.shape[1], dtype=torch.float64)
+    return (
+        output_damping
+        * torch.linalg.inv(scaled.mT @ scaled / len(a) + output_damping * eye)
+        @ conditioned(g, a, damping)
+    )
+
+
+def _positions(image, groups):
+    return [part.movedim(1, -1).reshape(-1, part.shape[1]) for part in image.chunk(groups, 1)]
+
+
+def _identity_twin(layer):
+    """The same convolution of one group's channels, with the identity as its weight: it copies what a kernel sees."""
+    kernel = layer.weight.shape[1:]  # channels on one side, and the reach
+    size = kernel.numel()
+    given = {name: getattr(layer, name) for name in ("stride", "padding", "dilation", "padding_mode")}
+    if layer.transposed:
+        given["output_padding"] = layer.output_padding
+    kinds = (torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d)
+    if layer.transposed:
+        kinds = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
+    ends = (size, kernel[0]) if layer.transposed else (kernel[0], size)
+    twin = kinds[len(kernel) - 2](*ends, tuple(kernel[1:]), bias=False, **given).double()
+    twin.weight.data = torch.eye(size, dtype=torch.float64).reshape(size, *kernel)
+    return twin
+
+
+def input_rows(layer, x):
+    """The rows of inputs of each group of a linear layer or a convolution, ``(rows, n)`` each."""
+    x = x.detach().double()
+    if isinstance(layer, torch.nn.Linear):
+        return [x.reshape(-1, layer.in_features)]
+    x = x if x.ndim == layer.weight.ndim else x.unsqueeze(0)
+    if layer.transposed:
+        return _positions(x, layer.groups)
+    return [_positions(_identity_twin(layer)(part).detach(), 1)[0] for part in x.chunk(layer.groups, 1)]
+
+
+def output_rows(layer, x, g):
+    """The same rows of gradients with respect to the outputs, ``(rows, o)`` for each group."""
+    g = g.detach().double()
+    if isinstance(layer, torch.nn.Linear):
+        return [g.reshape(-1, layer.out_features)]
+    batched = x.ndim == layer.weight.ndim
+    g = g if batched else g.unsqueeze(0)
+    if not layer.transposed:
+        return _positions(g, layer.groups)
+    twin, rows = _identity_twin(layer), []
+    shape = (g.shape[0], len(twin.weight), *x.shape[2 if batched else 1 :])
+    for part in g.chunk(layer.groups, 1):
+        reached = torch.zeros(shape, dtype=torch.float64, requires_grad=True)
+        (gradient,) = torch.autograd.grad(twin(reached), reached, part)
+        rows.append(_positions(gradient, 1)[0])
+    return rows
+
+
+def weight_of(layer, matrices):
+    """Matrices ``(o, n)``, one for each group, in the shape of the layer's weight."""
+    if getattr(layer, "transposed", False):
+        matrices = [matrix.mT for matrix in matrices]
+    return torch.cat(matrices).reshape(layer.weight.shape)
+
+
+def mean_square(rows):
+    """``tr(aᵀa/B)/n`` over all groups."""
+    return float(torch.cat([part.flatten() for part in rows]).square().mean())
