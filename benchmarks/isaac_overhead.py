@@ -26,6 +26,7 @@ import argparse
 import dataclasses
 import importlib
 import json
+import math
 import os
 import random
 import statistics
@@ -59,7 +60,6 @@ GOALS = {
 }
 BOUNDED = ("2048x1024", "resnet20", "gpt")  # where rows are many, and max_rows has a say
 FEWEST = 7  # rounds, also of a slow network
-PATIENCE = 40.0  # seconds after which a slow network has had its rounds, unless they are too few
 
 PLAIN, AGAIN = "plain", "plain, another copy"
 RELATIVE, ABSOLUTE = "isaac, relative(1.0)", "isaac, damping 1.0"
@@ -75,10 +75,12 @@ class Effort:
     Args:
         rounds: turns of each row.
         turn: seconds that the plain pass should run in a turn.
+        patience: seconds after which a slow network has had its rounds, unless they are too few.
     """
 
     rounds: int
     turn: float
+    patience: float
 
 
 @dataclass(frozen=True)
@@ -250,7 +252,8 @@ def seconds_of(job: Job, rows: dict[str, Row], effort: Effort) -> dict[str, list
         timed(*mine, 2)
     pace = {name: timed(*mine, 1) for name, mine in running.items()}
     times = max(1, round(effort.turn / pace[PLAIN]))
-    rounds = max(FEWEST, min(effort.rounds, int(PATIENCE / (times * sum(pace.values())))))
+    affordable = max(FEWEST, effort.patience / (times * sum(pace.values())))
+    rounds = int(min(effort.rounds, affordable))
     seconds: dict[str, list[float]] = {name: [] for name in rows}
     order = random.Random(0)
     for _ in range(rounds):
@@ -420,9 +423,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if chosen.threads:
         torch.set_num_threads(chosen.threads)
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, CPU, float32")
-    effort = Effort(FEWEST, 0.0) if chosen.quick else Effort(40, 0.03)
+    effort = Effort(FEWEST, 0.0, 40.0) if chosen.quick else Effort(40, 0.03, 40.0)
     if chosen.rounds:
-        effort = dataclasses.replace(effort, rounds=chosen.rounds)
+        effort = dataclasses.replace(effort, rounds=chosen.rounds, patience=math.inf)
     bounds = chosen.max_rows is not None
     rows = bounded_rows(chosen.max_rows or (64, 128, 256, 512, 1024)) if bounds else our_rows()
     peers = {} if chosen.ours or bounds else published_rows()

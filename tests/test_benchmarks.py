@@ -115,7 +115,7 @@ def test_overhead_tables(isaac_overhead, published, tmp_path, capsys):
     out, picture = tmp_path / "out.json", tmp_path / "out.png"
     names = ["256x16", "1024x64", "resnet20", "gpt"]
     isaac_overhead.main(
-        ["--quick", "--only", *names, "--rounds", "7", "--threads", "1", "--json", str(out), "--plot", str(picture)]
+        ["--quick", "--only", *names, "--rounds", "2", "--threads", "1", "--json", str(out), "--plot", str(picture)]
     )
     results = json.loads(out.read_text())
     printed = capsys.readouterr().out
@@ -149,7 +149,7 @@ def test_a_row_conditions_what_it_times(isaac_overhead):
 
 def test_bounds_of_rows(isaac_overhead, tmp_path, capsys):
     out = tmp_path / "out.json"
-    isaac_overhead.main(["--quick", "--only", "mlp", "--max-rows", "2", "4", "--json", str(out)])
+    isaac_overhead.main(["--quick", "--only", "mlp", "--max-rows", "2", "4", "--rounds", "2", "--json", str(out)])
     rows = json.loads(out.read_text())["mlp"]["rows"]
     assert [name for name in rows if "=" in name] == [f"isaac, max_rows={number}" for number in (2, 4, None)]
     assert all(row["time"] > 0 for row in rows.values())
