@@ -222,6 +222,18 @@ def test_a_compiled_layer_is_frozen_and_thawed(compile):
         agree(found, backward(model, batch))
 
 
+@pytest.mark.parametrize("same", ["keys and values", "nothing"])
+def test_a_compiled_attention_knows_its_three_projections(compile, same):
+    torch.manual_seed(0)
+    layer = nn.MultiheadAttention(8, 2, batch_first=True)
+    quadric.isaac(layer, LAMBDA)
+    queries, keys, values = torch.randn(3, 2, 5, 8)
+    inputs = queries, keys, keys if same == "keys and values" else values
+    expected = backward(layer, *inputs, call=lambda *tensors: layer(*tensors)[0])
+    compiled = compile(layer)
+    agree(backward(layer, *inputs, call=lambda *tensors: compiled(*tensors)[0]), expected, rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["perceptron", "convolutions"])
 def test_compiled_layers_take_batches_of_any_size(compile, name):
     _, model, _, batch = pair(name)
@@ -314,6 +326,18 @@ def test_the_operation_of_compiled_graphs_keeps_the_rules_of_torch():
     torch.library.opcheck(torch.ops.quadric.weight_gradient.default, arguments)
 
 
+def test_a_compiled_backward_needs_the_handle(compile):
+    _, model, handle, batch = pair()
+    output = compile(model)(batch).sum()
+    handle.remove()
+    del handle
+    gc.collect()
+    with pytest.raises(
+        RuntimeError, match="between the forward and the backward of a compiled model: keep it until then"
+    ):
+        output.backward()
+
+
 @pytest.mark.parametrize("strict", [False, True])
 def test_an_exported_model_is_plain(strict):
     _, model, _, batch = pair()
@@ -367,6 +391,28 @@ def test_an_ensemble_is_conditioned_member_by_member(name):
         quadric.isaac(member, LAMBDA)
         member(batch).square().sum().backward()
         agree({key: g[place] for key, g in found.items()}, {key: p.grad for key, p in member.named_parameters()})
+
+
+@pytest.mark.parametrize("name", ["perceptron", "convolutions"])
+def test_an_ensemble_is_conditioned_where_only_its_forward_is_mapped(name):
+    plain, model, _, batch = double(name)
+    members = [copy.deepcopy(plain) for _ in range(3)]
+    stacked, _ = stack_module_state(members)
+    vmap(lambda params: functional_call(model, params, (batch,)))(stacked).square().sum().backward()
+    expected = grad(lambda params: loss(model, params, batch))(parameters(plain))
+    for place in range(3):
+        agree({key: p.grad[place] for key, p in stacked.items()}, expected)
+
+
+def test_single_examples_of_many_positions_are_conditioned_by_some_of_them():
+    torch.manual_seed(0)
+    layer = nn.Conv2d(1, 3, 3).double()
+    handle = quadric.isaac(layer, LAMBDA, max_rows=20)
+    images = torch.randn(2, 1, 1, 8, 8, dtype=torch.float64)
+    gradient = grad(lambda params, image: loss(layer, params, image))
+    found = vmap(gradient, (None, 0))(parameters(layer), images)
+    assert "20" in str(handle)
+    agree({key: g[1] for key, g in found.items()}, gradient(parameters(layer), images[1]))
 
 
 @pytest.mark.parametrize("name", ["perceptron", "convolutions", "transformer"])
@@ -512,6 +558,28 @@ def test_a_retained_graph_gives_the_same_gradient_again():
     assert torch.equal(first, second)
 
 
+def test_the_hessian_diagonal_of_a_conditioned_model_is_that_of_the_plain_one():
+    plain, model, _, batch = double()
+    found, expected = (
+        quadric.hessian_diagonal(net(batch).square().sum(), list(net.parameters())) for net in (model, plain)
+    )
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_adahesscale_steps_on_conditioned_gradients():
+    plain, model, _, batch = double()
+    raw, conditioned = backward(plain, batch), backward(model, batch)
+    optimizer = quadric.AdaHesScale(model.parameters(), 0.1, betas=(0.0, 0.0), eps=1.0)
+    model.zero_grad()
+    optimizer.backward(model(batch).square().sum())
+    assert not torch.allclose(raw["0.weight"], conditioned["0.weight"])
+    before = parameters(copy.deepcopy(model))
+    optimizer.step()
+    moved = {key: before[key] - p for key, p in parameters(model).items()}
+    assert all(torch.equal(moved[key].sign(), p.grad.sign()) for key, p in model.named_parameters())
+
+
 # Checkpoints and saved tensors.
 
 
@@ -609,6 +677,24 @@ def test_a_model_may_change_its_type_between_two_passes():
         found = backward(model.to(dtype), batch.to(dtype))["0.weight"].double()
         expected = zeta(backward(plain.to(dtype), batch.to(dtype))["0.weight"].double(), batch)
         torch.testing.assert_close(found, expected, rtol=0.05, atol=0.05 * expected.abs().max().item())
+
+
+def test_outputs_of_many_rows_are_looked_at_in_half_precision():
+    # Gradients near the largest number of float16, times as many rows, are none of its numbers.
+    torch.manual_seed(0)
+    layer, batch, labels = nn.Linear(8, 8), torch.randn(2048, 8), torch.randint(8, (2048,))
+    exact = copy.deepcopy(layer)
+    options = {"output_damping": quadric.relative(0.1), "max_rows": None}
+    quadric.isaac(layer, LAMBDA, **options)
+    quadric.isaac(exact, LAMBDA, **options)
+    with torch.autocast("cpu", torch.float16):
+        output = layer(batch)
+    scale = 2.0**17
+    (scale * F.cross_entropy(3 * output.float(), labels)).backward()
+    F.cross_entropy(3 * exact(batch), labels).backward()
+    expected = exact.weight.grad
+    error = (layer.weight.grad / scale - expected).norm() / expected.norm()
+    assert error < 0.02
 
 
 @pytest.mark.parametrize("options", [{}, {"decay": 0.9}, {"output_damping": quadric.relative(1.0)}, {"pooled": True}])
@@ -778,6 +864,34 @@ def test_a_removed_handle_leaves_its_successor_alone():
     agree(backward(model, batch), expected)
 
 
+def test_a_forward_that_somebody_wrapped_is_plain_once_the_handle_is_removed():
+    plain, model, handle, batch = pair()
+    inner = model[0].forward
+    model[0].forward = lambda input: 2 * inner(input / 2)
+    assert not torch.allclose(backward(model, batch)["0.weight"], backward(plain, batch)["0.weight"])
+    handle.remove()
+    plain[0].forward = lambda input: 2 * F.linear(input / 2, plain[0].weight, plain[0].bias)
+    agree(backward(model, batch), backward(plain, batch))
+
+
+def test_a_handle_kept_on_its_own_model_says_so_when_it_is_copied():
+    _, model, handle, _ = pair()
+    model.handle = handle
+    with pytest.raises(RuntimeError, match="keep the handle beside the model"):
+        copy.deepcopy(model)
+
+
+def test_a_handle_kept_in_a_module_around_its_model_is_copied():
+    plain, model, handle, batch = pair()
+    whole = nn.Sequential(model)
+    whole.handle = handle
+    other = copy.deepcopy(whole)
+    assert other.handle.model is other[0]
+    agree(backward(other[0], batch), backward(model, batch))
+    other.handle.remove()
+    agree(backward(other[0], batch), backward(plain, batch))
+
+
 def test_a_part_of_a_model_is_conditioned_by_itself():
     plain, model, handle, batch = pair()
     handle.remove()
@@ -807,6 +921,35 @@ def test_parameters_may_be_replaced(swap):
         torch.__future__.set_swap_module_params_on_conversion(False)
     torch.testing.assert_close(found["0.weight"], zeta(raw["0.weight"], batch))
     assert torch.equal(found["0.bias"], raw["0.bias"])
+
+
+def test_a_layer_used_twice_pools_the_rows_of_both_uses():
+    torch.manual_seed(0)
+    layer = nn.Linear(4, 3).double()
+    plain, batch = copy.deepcopy(layer), torch.randn(8, 4, dtype=torch.float64)
+    handle = quadric.isaac(layer, LAMBDA, pooled=True)
+    for net in (layer, plain):
+        (net(batch[:3]).square().sum() + net(batch[3:]).sin().sum()).backward()
+    handle.condition_()
+    torch.testing.assert_close(layer.weight.grad, zeta(plain.weight.grad, batch))
+
+
+def test_a_tied_weight_is_conditioned_where_rows_multiply_it():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Tanh(), nn.Linear(4, 7, bias=False)).double()
+    model[2].weight = model[0].weight
+    tokens = torch.randint(7, (2, 3))
+    apart = copy.deepcopy(model)
+    apart[2].weight = nn.Parameter(model[0].weight.detach().clone())
+    quadric.isaac(model, LAMBDA)
+    quadric.isaac(apart, LAMBDA)
+    found, expected = backward(model, tokens), backward(apart, tokens)
+    torch.testing.assert_close(found["0.weight"], expected["0.weight"] + expected["2.weight"])
+    params = parameters(model)
+    of_call = grad(lambda params: functional_call(model, params, (tokens,)).square().sum())(params)
+    model.zero_grad()
+    model(tokens).square().sum().backward()
+    torch.testing.assert_close(of_call["0.weight"], model[0].weight.grad)
 
 
 def test_lazy_and_masked_weights_are_conditioned():
@@ -862,6 +1005,14 @@ def test_nothing_is_conditioned_where_no_gradient_is_recorded():
         with mode():
             assert torch.equal(model(batch), plain(batch))
     assert all(layer.passes == 0 for layer in handle.layers.values())
+
+
+def test_a_frozen_attention_takes_the_way_of_the_plain_one():
+    torch.manual_seed(0)
+    layer, batch = nn.MultiheadAttention(16, 2, batch_first=True).eval().requires_grad_(False), torch.randn(2, 5, 16)
+    expected = layer(batch, batch, batch, need_weights=False)[0]
+    quadric.isaac(layer)
+    assert torch.equal(layer(batch, batch, batch, need_weights=False)[0], expected)
 
 
 def test_a_forgotten_model_is_freed():
