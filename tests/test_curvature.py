@@ -8,7 +8,16 @@ import pytest
 import torch
 from torch import nn
 
-from quadric import BlockMeanSum, Curvature, GradientWindow, HeaviestDirections, HessianDiagonal, PSDMatrix
+from quadric import (
+    BlockMeanSum,
+    Curvature,
+    GradientWindow,
+    HeaviestDirections,
+    HessianDiagonal,
+    InputMoment,
+    PSDMatrix,
+    relative,
+)
 from quadric.curvature import damping_at
 
 DIM = 10
@@ -22,6 +31,9 @@ ESTIMATES = {
     "block-means": lambda damping=0.1: BlockMeanSum(LABELS, damping=damping),
     "block-means-decayed": lambda damping=0.1: BlockMeanSum(LABELS, decay=0.9, damping=damping),
     "hessian-diagonal": lambda damping=0.1: HessianDiagonal(DIM, 0.9, damping),
+    "input-moment": lambda damping=0.1: InputMoment(DIM, damping),
+    "input-moment-decayed": lambda damping=0.1: InputMoment(DIM, damping, decay=0.9),
+    "input-moment-groups": lambda damping=0.1: InputMoment(DIM // 2, damping, decay=0.5, groups=2),
 }
 
 
@@ -104,7 +116,7 @@ def test_observations_of_other_types(make, dtype):
     ("observation", "shown"),
     [
         (torch.ones(DIM + 1), r"\(11,\)"),
-        (torch.ones(1, DIM), r"\(1, 10\)"),
+        (torch.ones(1, 1, DIM), r"\(1, 1, 10\)"),
         (torch.tensor(1.0), r"\(\)"),
         (torch.full((DIM,), math.nan), "nan"),
         (torch.full((DIM,), -math.inf), "-inf"),
@@ -178,7 +190,13 @@ def test_moves_with_the_module_that_holds_it(make):
 
 @pytest.mark.parametrize(
     "build",
-    [lambda d: GradientWindow(d, 3, 0.1), lambda d: HeaviestDirections(d, 2, 0.9, 0.1), lambda d: HessianDiagonal(d)],
+    [
+        lambda d: GradientWindow(d, 3, 0.1),
+        lambda d: HeaviestDirections(d, 2, 0.9, 0.1),
+        lambda d: HessianDiagonal(d),
+        lambda d: InputMoment(d),
+        lambda d: InputMoment(3, groups=d),
+    ],
 )
 def test_no_coordinates(build):
     with pytest.raises(ValueError, match=r"dim must be at least 1, got 0: .+"):
@@ -195,8 +213,22 @@ def test_no_coordinates(build):
         (lambda: HeaviestDirections(3, 1, 0.9, 0.1, sizes=[1, 1]), r"sizes.*got \[1, 1\]"),
         (lambda: BlockMeanSum(LABELS, decay=-0.1), r"decay.*got -0\.1"),
         (lambda: HessianDiagonal(3, decay=1.0), r"decay.*got 1\.0"),
+        (lambda: InputMoment(3, decay=1.0), r"decay.*got 1\.0"),
+        (lambda: InputMoment(3, decay=-0.1), r"decay.*got -0\.1"),
+        (lambda: InputMoment(3).update(torch.ones(0, 3)), r"shape \(0, 3\).*3 coordinates"),
+        (lambda: InputMoment(3, groups=2).update(torch.ones(4, 3)), r"shape \(4, 3\).*6 coordinates"),
+        (lambda: relative(0.0), r"damping.*got 0\.0"),
     ],
 )
 def test_bad_arguments_are_refused_with_their_value(build, shown):
     with pytest.raises(ValueError, match=rf"{shown}: .+"):
         build()
+
+
+def test_rows_may_be_learnt_one_batch_at_a_time():
+    """A vector is one row, and a batch of rows weighs as much as any other."""
+    one, other = InputMoment(DIM, 0.1, decay=0.5), InputMoment(DIM, 0.1, decay=0.5)
+    for observation in observations(4):
+        one.update(observation)
+        other.update(observation.expand(3, DIM))
+    torch.testing.assert_close(one.matrix().to_dense(), other.matrix().to_dense())

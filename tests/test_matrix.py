@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from oracles import block_means, dense_power, low_rank_power, spans
-from quadric import BlockMean, Diagonal, GradientWindow, LowRank
+from quadric import BlockMean, Dense, Diagonal, GradientWindow, LowRank
 from quadric.matrix import Groups, cholesky
 
 few = settings(deadline=None, max_examples=20)
@@ -106,6 +106,7 @@ def test_vectors_of_any_layout():
         LowRank(rows, 0.5),
         LowRank(rows, 0.5, block_size=3),
         Diagonal(rows[0] ** 2),
+        Dense((rows.T @ rows)[:4, :4].expand(2, 4, 4), 0.5),
         by_means(rows, labels),
     ):
         for power in (-1.0, 0.5, 1.0):
@@ -118,9 +119,10 @@ def test_a_matrix_is_a_value():
     rows, values = torch.ones(2, 3, dtype=torch.float64), torch.ones(3, dtype=torch.float64)
     coupling, traces = torch.eye(2, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
     labels = torch.tensor([0, 0, 1])
-    matrices = [LowRank(rows, 1.0), Diagonal(values), BlockMean(labels, coupling, traces, 1.0)]
+    small = torch.eye(3, dtype=torch.float64)
+    matrices = [LowRank(rows, 1.0), Diagonal(values), BlockMean(labels, coupling, traces, 1.0), Dense(small, 1.0)]
     before = [matrix.to_dense() for matrix in matrices]
-    for tensor in (rows, values, coupling, traces, labels):
+    for tensor in (rows, values, coupling, traces, labels, small):
         tensor.zero_()
     v = torch.ones(3, dtype=torch.float64)
     for matrix, dense in zip(matrices, before, strict=True):
@@ -181,6 +183,7 @@ def test_vectors_of_another_length_are_refused(shape):
     for matrix in (
         LowRank(torch.ones(1, 3), 1.0),
         Diagonal(torch.ones(3)),
+        Dense(torch.eye(3), 1.0),
         by_means(torch.ones(1, 3), torch.zeros(3).long()),
     ):
         for power in (-1.0, 0, 1.0):
@@ -193,7 +196,8 @@ def test_gradients_flow_through_vectors_but_not_into_the_matrix():
     rows = torch.randn(2, 5, generator=generator(0), requires_grad=True)
     labels = torch.tensor([0, 0, 1, 1, 1])
     means = by_means(rows.detach(), labels)
-    for matrix in (LowRank(rows, 0.5), LowRank(rows, 0.5, block_size=2), Diagonal(rows[0].detach() ** 2), means):
+    dense = Dense(rows.T @ rows, 0.5)
+    for matrix in (LowRank(rows, 0.5), LowRank(rows, 0.5, block_size=2), Diagonal(rows[0].detach() ** 2), means, dense):
         for power in (-1.0, 0.5, 1.0):
             v = torch.randn(3, 5, generator=generator(1), requires_grad=True)
             matrix.quad(v, power).sum().backward()
@@ -229,6 +233,81 @@ def test_diagonal_refuses_bad_values(values, shown):
         Diagonal(values)
     with pytest.raises(ValueError, match="negative"):
         Diagonal(torch.tensor([1.0, -1e-9]))
+
+
+# Dense.
+
+
+@st.composite
+def dense_ones(draw):
+    """Positive semi-definite blocks of any rank, their eigenvalues over up to eight decades."""
+    blocks, n, rank = draw(st.integers(1, 3)), draw(st.integers(1, 6)), draw(st.integers(0, 8))
+    scales = torch.logspace(-draw(st.sampled_from([0.0, 2.0])), 0, max(rank, 1), dtype=torch.float64)[:rank]
+    seed = generator(draw(st.integers(0, 99)))
+    rows = torch.randn(blocks, rank, n, dtype=torch.float64, generator=seed) * scales.unsqueeze(1)
+    return rows.mT @ rows, draw(st.sampled_from([1e-4, 1.0, 10.0]))
+
+
+@few
+@given(dense_ones())
+def test_dense_is_its_definition(case):
+    values, damping = case
+    whole = torch.block_diag(*values) + damping * torch.eye(values.shape[0] * values.shape[1], dtype=torch.float64)
+    check_against_dense(Dense(values, damping), lambda power: dense_power(whole, power), 1e-8)
+    if len(values) == 1:
+        check_against_dense(Dense(values[0], damping), lambda power: dense_power(whole, power), 1e-8)
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1e6, 1e10])
+def test_dense_solves_hold_in_float32_at_extreme_damping(ratio):
+    """The matrix is the same numbers in double precision, where λ is not hidden."""
+    rows = torch.randn(5, 9, generator=generator(0))
+    values = rows.T @ rows
+    damping = float(torch.linalg.matrix_norm(values.double(), 2)) / ratio
+    matrix = Dense(values, damping)
+    v = torch.randn(3, 9, generator=generator(1))
+    # Single precision leaves M eigenvalues as negative as 1e-7 of the largest: below λ where the ratio is 1e2 or 1e6.
+    solved = matrix.solve(v)
+    assert solved.dtype == torch.float32
+    assert bool((matrix.quad(v, -1.0) > 0).all())
+    if ratio < 1e6:
+        dense = values.double() + damping * torch.eye(9, dtype=torch.float64)
+        close(solved, torch.linalg.solve(dense, v.double().T).T, 1e-5)
+
+
+def test_dense_types():
+    values = torch.eye(2).expand(3, 2, 2)
+    for stored in (torch.float16, torch.bfloat16, torch.float32, torch.float64):
+        matrix = Dense(values.to(stored), 0.5)
+        wanted = torch.float64 if stored == torch.float64 else torch.float32
+        assert (matrix.dtype, matrix.device.type, matrix.dim) == (wanted, "cpu", 6)
+        for power in (-1.0, 0.5, 1.0):
+            assert matrix.apply(torch.ones(6, dtype=torch.bfloat16), power).dtype == wanted
+            assert matrix.apply(torch.ones(6, dtype=torch.float64), power).dtype == torch.float64
+            assert matrix.diagonal(power).dtype == wanted
+        assert matrix.logdet().dtype == matrix.sample(2).dtype == wanted
+        torch.testing.assert_close(matrix.solve(torch.ones(6)).float(), torch.full((6,), 1 / 1.5))
+
+
+@pytest.mark.parametrize("damping", [0.0, -1.0, math.nan, math.inf])
+def test_dense_refuses_a_bad_damping(damping):
+    with pytest.raises(ValueError, match=rf"damping.*got {damping}: .+"):
+        Dense(torch.eye(2), damping)
+
+
+@pytest.mark.parametrize(
+    ("values", "shown"),
+    [
+        (torch.tensor([[math.nan]]), "nan"),
+        (torch.tensor([[-math.inf]]), "-inf"),
+        (torch.ones(3), r"\(3,\)"),
+        (torch.ones(2, 3), r"\(2, 3\)"),
+        (torch.ones(2, 2, 3, 3), r"\(2, 2, 3, 3\)"),
+    ],
+)
+def test_dense_refuses_bad_values(values, shown):
+    with pytest.raises(ValueError, match=rf"values.*{shown}.*: .+"):
+        Dense(values, 1.0)
 
 
 # Block means.
