@@ -37,6 +37,29 @@ class Looking(quadric.AdaHesScale):
         super()._collect()
 
 
+class Bag(nn.Module):
+    """A model of parameters without a layer: what ISAAC does not condition, it steps along as it is."""
+
+    def __init__(self, held):
+        super().__init__()
+        self.held = held
+
+    def parameters(self, recurse=True):
+        return iter(self.held)
+
+
+def isaac(params, **given):
+    """ISAAC, which takes a model, on whatever torch's optimizers take."""
+    params = list(params)
+    groups = params if params and isinstance(params[0], dict) else [{"params": params}]
+    first, *others = groups
+    optimizer = quadric.ISAAC(Bag(list(first["params"])), **{"lr": 0.05} | given)
+    optimizer.param_groups[0].update({name: value for name, value in first.items() if name != "params"})
+    for group in others:
+        optimizer.add_param_group(group)
+    return optimizer
+
+
 OPTIMIZERS = {
     "mfac": lambda params, **given: quadric.MFAC(params, **{"lr": 0.05, "window": 3, "damping": 1e-2} | given),
     "mfac-blocks": lambda params, **given: quadric.MFAC(
@@ -60,6 +83,8 @@ OPTIMIZERS = {
     "hesscale-published": lambda params, **given: Looking(params, **{"lr": 0.05, "eps": 1e-2, "clip": None} | given),
     "hesscale-trust": lambda params, **given: Looking(params, **{"lr": 0.05, "eps": 1e-2, "trust": 1e-3} | given),
     "hesscale-seldom": lambda params, **given: Looking(params, **{"lr": 0.05, "eps": 1e-2, "refresh_every": 4} | given),
+    "isaac": isaac,
+    "isaac-decayed": lambda params, **given: isaac(params, **{"decay": 0.9, "momentum": 0.0, "damping": 0.5} | given),
 }
 DAMPED = sorted(name for name in OPTIMIZERS if not name.startswith("hesscale"))  # the others have eps, a plain number
 SHAPES = [(4, 3), (5,), (), (2, 3, 2)]
