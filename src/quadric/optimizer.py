@@ -158,6 +158,11 @@ class CurvatureOptimizer(Optimizer, ABC):
             if p.grad is not None and p.numel() and i not in known:
                 if p.is_complex():
                     raise RuntimeError(f"complex parameter {i} of shape {tuple(p.shape)}: use torch.view_as_real")
+                if hasattr(p, "to_local"):
+                    raise RuntimeError(
+                        f"parameter {i} of shape {tuple(p.shape)} is sharded (DTensor): use "
+                        "DistributedDataParallel, or quadric.isaac with an optimizer that takes a DTensor"
+                    )
                 fresh[p.device, torch.promote_types(p.dtype, torch.float32)].append(i)
         for members in fresh.values():
             blocks.append(self._new_block(place, len(blocks), members))

@@ -152,13 +152,19 @@ class Conditioning:
         if not self.settings["pooled"]:
             raise RuntimeError("condition_ needs pooled statistics, but pooled is False: call isaac with pooled=True")
         self.pooled = True
-        pools = {layer: layer.pool for layer in self.layers.values() if layer.pool is not None}
-        rows = [torch.tensor(layer.pool_rows, device=pool.device) for layer, pool in pools.items()]
+        layers = list(self.layers.values())
+        rows = torch.tensor([layer.pool_rows for layer in layers])
+        everywhere = (rows > 0).float()
         if not alone():
-            average_([*rows, *pools.values()])
-        for (layer, pool), count in zip(pools.items(), rows, strict=True):
-            layer.pool, layer.pool_rows = None, 0.0
-            layer.condition_pooled_(pool, count.item())
+            average_([rows, everywhere])
+            shared = zip(layers, everywhere, strict=True)
+            average_([layer.pool for layer, share in shared if share == 1 and layer.pool is not None])
+        for layer, count, share in zip(layers, rows.tolist(), everywhere.tolist(), strict=True):
+            pool, layer.pool, layer.pool_rows = layer.pool, None, 0.0
+            if share == 1 and pool is not None:
+                layer.condition_pooled_(pool, count)
+            elif share:
+                self.say_once("absent", f"{layer.name} was not used by every process, and its gradient stays plain")
 
     def say_once(self, about: str, sentence: str) -> None:
         """Warn, once of each kind."""
@@ -191,8 +197,8 @@ class Conditioning:
         # A copied model has the forwards of its types: it is conditioned anew.
         if not vars(state["model"]):
             raise RuntimeError(
-                "the handle of isaac is an attribute of the model that it conditions, and would be copied before it: keep "
-                "the handle beside the model"
+                "the handle of isaac is an attribute of the model that it conditions, and would be copied before it: "
+                "keep the handle beside the model"
             )
         self.__init__(state["model"], state["settings"], *state["given"])
         self.load_state_dict(state["state"])
@@ -233,6 +239,8 @@ def _unpoolable(target: Target, targets: Sequence[Target]) -> str:
     others = (other for other in targets if other.name != target.name)
     if target.reason:
         return target.reason
+    if hasattr(weight, "to_local"):
+        return "it is sharded over processes: pooled statistics condition whole gradients"
     if not weight.is_leaf:
         return "it is computed from other parameters: pooled statistics condition the gradients of parameters"
     if any(attribute(other.module, other.path) is weight for other in others):

@@ -331,9 +331,11 @@ def attribute(module: nn.Module, path: str) -> Tensor:
 
 
 def _differentiated(weight: Tensor) -> bool:
-    # Whether a weight may get a gradient. What transforms and compilers wrap does not tell: autograd will.
-    wrapped = torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
-    return torch.is_grad_enabled() and (weight.requires_grad or wrapped) and not weight.is_complex()
+    # Whether a weight may get a gradient, of real numbers and on one device. What transforms and compilers wrap does
+    # not tell whether it wants one: autograd will.
+    if not torch.is_grad_enabled() or weight.is_complex() or hasattr(weight, "to_local"):
+        return False
+    return weight.requires_grad or torch._C._are_functorch_transforms_active() or torch.compiler.is_compiling()
 
 
 def _each(value: Any, axes: int) -> tuple[int, ...]:

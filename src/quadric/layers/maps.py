@@ -116,7 +116,7 @@ class Linear(Map):
         elif of_input and a.ndim == 2 and not a.is_contiguous() and a.stride() == (1, a.shape[0]):
             of_a = weight.t().mm(g.t()).t()  # the order that torch takes for such an input
         elif of_input:
-            of_a = _flat(g).mm(weight).view(a.shape)
+            of_a = g.mm(weight) if g.ndim == 2 else _flat(g).mm(weight).view(a.shape)
         if of_bias:
             # Strided inputs of more axes meet the bias apart from the product: their gradients are summed together.
             of_b = _flat(g).sum(0) if a.ndim < 3 or a.is_contiguous() else g.sum_to_size(g.shape[-1])

@@ -35,6 +35,7 @@ from quadric.tiles import Tiles
 
 __all__ = ["ISAAC", "InputMoment", "isaac", "relative"]
 
+TINY = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
 INVERSE = 4  # a factorisation and inverse of k × k take as long as products of so many k³ multiplications and additions
 
 
@@ -81,62 +82,70 @@ def damping_now(damping: Damping, passes: int) -> Damping:
     return relative(level) if isinstance(damping, relative) else level
 
 
-def summed_damping(damping: Damping, passes: int, squares: Tensor, rows: int, features: int) -> Tensor | float:
-    """``rows·λ``, where the squares of all ``features`` of so many rows are given, in any partial sums."""
+# The mathematics. The moment is damped as rows are: ρ = λ·rows beside a sum over rows.
+
+
+def summed_damping(damping: Damping, passes: int, rows: Tensor) -> Tensor | float:
+    """Ρ of rows, ``(..., rows, columns)``; a number where nobody differentiates it or would wait for it."""
     level = damping_at(damping, passes)
     if not isinstance(damping, relative):
-        return rows * level
-    # Where all inputs are zero, so is the gradient: any shift serves.
-    return (squares.sum() * (level / features)).clamp_min(torch.finfo(squares.dtype).tiny)
+        return rows.shape[-2] * level
+    flat = rows.reshape(-1)
+    columns, least = rows.numel() / rows.shape[-2], TINY[rows.dtype]  # where all inputs are zero, any damping serves
+    if torch.is_grad_enabled() or rows.device.type != "cpu":
+        return (flat.dot(flat) * (level / columns)).clamp_min(least)
+    return max(flat.dot(flat).item() * level / columns, least)
 
 
-# The mathematics.
-
-
-class Inverse(NamedTuple):
-    """The inverse of a damped matrix.
+class Smoother(NamedTuple):
+    """What the damping leaves of a sum over rows.
 
     Args:
-        matrix: (S + ρI)⁻¹.
-        shift: ρ, as it had to be.
+        matrix: ρ (S + ρI)⁻¹, eigenvalues between 0 and 1.
+        rho: ρ, as it had to be.
         raised: Whether it had to be raised.
     """
 
     matrix: Tensor
-    shift: Tensor | float
+    rho: Tensor | float
     raised: bool
 
 
-def inverse(gram: Tensor, damping: Damping, passes: int, rows: int, features: int) -> Inverse | None:
-    """The inverse of ``gram + rows·λ·I``, with a larger λ where rounding has hidden it; ``gram`` is overwritten.
+def smoother_of(left: Tensor, right: Tensor | None, rho: Tensor | float) -> Smoother | None:
+    """``ρ (left right + ρI)⁻¹``, with a larger ρ where rounding has hidden it; None where it is not finite.
 
-    It is formed because products with a small dense matrix run several times faster than triangular solves. None stands
-    for a matrix that is not finite.
+    The inverse is formed, because products with a small dense matrix run several times faster than triangular solves.
 
     Args:
-        gram: Outer or inner products of rows, ``(..., k, k)``.
-        damping: λ.
-        passes: So far, for a schedule of λ.
-        rows: How many.
-        features: Length of a row, over all groups.
+        left: ``(..., k, m)``, or S itself.
+        right: ``(..., m, k)``; None where ``left`` is S.
+        rho: ρ.
     """
-    diagonal = gram.diagonal(dim1=-2, dim2=-1)
-    shift = summed_damping(damping, passes, diagonal, rows, features)
-    diagonal.add_(shift)
-    factor, failed = torch.linalg.cholesky_ex(gram)
-    if torch._C._are_functorch_transforms_active():  # where a value may not decide anything
-        result = torch.cholesky_inverse(factor)
-        return Inverse(torch.where((failed > 0)[..., None, None], math.nan, result), shift, False)
-    raised = False
-    while bool(failed if failed.ndim == 0 else failed.any()):
-        raised = True
-        larger = 10 * shift + gram.shape[-1] * torch.finfo(gram.dtype).eps * diagonal.detach().max()
-        if not bool(torch.isfinite(larger).all()):
+    size, raised = left.shape[-2], False
+    while True:
+        eye = identity(size, left.dtype, left.device)
+        if right is not None and left.ndim == 2 and isinstance(rho, float):
+            damped = torch.addmm(eye, left, right, alpha=1 / rho)
+        else:
+            damped = (left if right is None else left @ right) / rho + eye
+        factor, failed = torch.linalg.cholesky_ex(damped)
+        if torch._C._are_functorch_transforms_active():  # where a value may not decide anything
+            matrix = torch.cholesky_inverse(factor)
+            return Smoother(torch.where((failed > 0)[..., None, None], math.nan, matrix), rho, False)
+        if not bool(failed if failed.ndim == 0 else failed.any()):
+            return Smoother(torch.cholesky_inverse(factor), rho, raised)
+        largest = damped.detach().diagonal(dim1=-2, dim2=-1).max() * rho
+        rho, raised = 10 * rho + size * torch.finfo(left.dtype).eps * largest.item(), True
+        if not math.isfinite(rho):
             return None
-        diagonal.add_(larger - shift)
-        shift = larger
-        factor, failed = torch.linalg.cholesky_ex(gram)
-    return Inverse(torch.cholesky_inverse(factor), shift, raised)
+
+
+def identity(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The identity; small ones, in which a layer may spend much of its time, are kept."""
+    return _kept_identity(size, dtype, device) if size <= 256 else torch.eye(size, dtype=dtype, device=device)
+
+
+_kept_identity = lru_cache(maxsize=64)(lambda size, dtype, device: torch.eye(size, dtype=dtype, device=device))
 
 
 class Way(NamedTuple):
@@ -195,30 +204,27 @@ def condition(
         passes: So far, for a schedule of λ.
         way: One of :func:`cheapest`.
     """
-    rows = kind.rows(g, a, weight, picks)
-    dtype = torch.promote_types(rows.dtype, torch.float32)
-    rows = rows.to(dtype)
-    cross = None
+    dtype = a.dtype if a.dtype in TINY else torch.float32
+    rows = kind.rows(g, a, weight, picks).to(dtype)
+    rho = summed_damping(damping, passes, rows)
+    cross = kind.rows(g, a, weight, None).to(dtype) @ rows.mT if way == "mixed rows" else rows
     if way == "mixed rows":
-        cross = kind.rows(g, a, weight, None).to(dtype) @ rows.mT
-        gram = cross.index_select(0, picks)  # pyright: ignore[reportArgumentType]
+        smoother = smoother_of(cross.index_select(0, picks), None, rho)  # pyright: ignore[reportArgumentType]
     else:
-        gram = rows.mT @ rows if way == "features" else rows @ rows.mT
-    inverted = inverse(gram, damping, passes, rows.shape[-2], rows.numel() // rows.shape[-2])
-    if inverted is None:  # what is wrong with the inputs will be seen in the plain gradient, or it is right
+        smoother = smoother_of(*((rows.mT, rows) if way == "features" else (rows, rows.mT)), rho)
+    if smoother is None:  # the plain gradient shows what is wrong with the inputs, or nothing is wrong with it
         return kind.weight_gradient(g, a, weight), False
-    small, rho, raised = inverted
+    matrix, rho, raised = smoother
     if way == "features":
-        gradient = kind.smoothed_gradient(g, a, weight, small * rho)
+        gradient = kind.smoothed_gradient(g, a, weight, matrix)
     elif way == "rows":
-        mixing = small * rho
-        gradient = kind.mixed_gradient(g, a, weight, lambda factor: (mixing @ factor.to(dtype)).to(factor.dtype))
-    elif cross is None:
+        gradient = kind.mixed_gradient(g, a, weight, lambda factor: (matrix @ factor.to(dtype)).to(factor.dtype))
+    elif way == "sampled rows":
         gradient = kind.matrix(kind.weight_gradient(g, a, weight)).to(dtype)
-        gradient = kind.weight(gradient - (gradient @ rows.mT) @ small @ rows, weight)
+        gradient = kind.weight(gradient - (gradient @ rows.mT) @ (matrix / rho) @ rows, weight)
     else:
         flat = kind.output_rows(g, a, weight, None)
-        part = small @ (cross.mT @ flat.to(dtype))
+        part = (matrix / rho) @ (cross.mT @ flat.to(dtype))
         mixed = flat.index_add(0, picks, part.to(flat.dtype), alpha=-1)  # pyright: ignore[reportArgumentType]
         gradient = kind.weight_gradient(mixed, a, weight)
     return gradient.to(weight.dtype), raised
@@ -311,17 +317,22 @@ class InputMoment(Curvature):
             return torch.zeros(self.groups, self.features, self.features)
         return self.moment if self.decay is None else self.moment / (1 - self.decay**self.updates)
 
+    def level(self) -> float:
+        """λ, now."""
+        level = self.damping_now()
+        if not isinstance(self.damping, relative):
+            return level
+        return max(level * self.average().diagonal(dim1=1, dim2=2).mean().item(), TINY[self.average().dtype])
+
     def matrix(self) -> Dense:  # noqa: D102
-        moment = self.average()
-        squares = moment.diagonal(dim1=1, dim2=2)
-        return Dense(moment, float(summed_damping(self.damping, self.updates, squares, 1, self.dim)))
+        return Dense(self.average(), self.level())
 
     def smoother(self) -> Tensor | None:
         """``λ (M + λI)⁻¹``, ``(groups, n, n)``, made once after an update; None for the identity, before the first."""
         if self._smoother is None and self.updates:
-            inverted = inverse(self.average().clone(), self.damping, self.updates, 1, self.dim)
-            if inverted is not None:
-                self._smoother, self.raised = inverted.matrix * inverted.shift, inverted.raised
+            made = smoother_of(self.average(), None, self.level())
+            if made is not None:
+                self._smoother, _, self.raised = made
         return self._smoother
 
     def shared(self) -> dict[str, Tensor]:  # noqa: D102
@@ -433,8 +444,8 @@ class ConditionedLayer(Layer):
         own = self.weight[self.part()]
         if own.shape != weight.shape:
             raise RuntimeError(
-                f"{self.name} has the shape {tuple(own.shape)} and is multiplied by as {tuple(weight.shape)}, and pooled "
-                "statistics condition the gradients of whole weights: use pooled=False, or name it in ignore"
+                f"{self.name} has the shape {tuple(own.shape)} and is multiplied by as {tuple(weight.shape)}, but "
+                "pooled statistics condition the gradients of whole weights: use pooled=False, or name it in ignore"
             )
         task = torch._C._current_graph_task_id()  # a layer may be used several times in one backward
         if self.weight.grad is None and task != self.task and self.pool is not None:  # the step was skipped
