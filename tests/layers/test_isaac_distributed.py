@@ -1,6 +1,7 @@
 """Processes that train one conditioned model: what each of them conditions, and what they condition together."""
 
 import os
+import warnings
 
 import pytest
 import torch
@@ -93,6 +94,43 @@ def sharded(parts, before):
     return found
 
 
+class Gated(nn.Module):
+    """A model whose first layer only some processes use."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = network()[0], nn.Linear(8, 3).double()
+        self.third = nn.Linear(4, 8).double()
+
+    def forward(self, batch, used):
+        hidden = self.third(batch)
+        return self.second(hidden + self.first(batch) if used else hidden)
+
+
+def absent(parts):
+    torch.manual_seed(0)
+    model = Gated()
+    handle = quadric.isaac(model, LAMBDA, pooled=True)
+    together = DistributedDataParallel(model, find_unused_parameters=True)
+    together(parts[0], dist.get_rank() == 1).square().mean().backward()
+    plain = gradients(model)
+    with pytest.warns(
+        RuntimeWarning, match=r"first\.weight was not used by every process, and its gradient stays plain"
+    ):
+        handle.condition_()
+    return [plain, gradients(model)]
+
+
+def overflown(parts):
+    model = network()
+    handle = quadric.isaac(model, LAMBDA, pooled=True)
+    together = DistributedDataParallel(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)
+        rounds(model, handle, parts[:1] * (float("inf") if dist.get_rank() == 1 else 1), together)
+    return rounds(model, handle, parts[1:2], together)[0]
+
+
 SCENARIOS = {
     "apart": replicas,
     "wrapped before": wrapped_before,
@@ -101,6 +139,8 @@ SCENARIOS = {
     "pooled averages": lambda parts: replicas(parts, pooled=True, decay=0.5),
     "accumulated apart": lambda parts: accumulated(parts, False),
     "accumulated and pooled": lambda parts: accumulated(parts, True),
+    "absent": absent,
+    "overflown": overflown,
     "trained apart": lambda parts: trained(parts, False),
     "trained on pooled": lambda parts: trained(parts, True),
     "sharded": lambda parts: sharded(parts, False),
@@ -174,6 +214,17 @@ def test_accumulated_gradients_are_the_mean_of_all_micro_batches(found):
 
 def test_accumulated_and_pooled_gradients_are_those_of_the_whole_batch(found):
     agree(found[0]["accumulated and pooled"], alone(batches())[0])
+
+
+def test_a_layer_that_one_process_did_not_use_keeps_its_gradient(found):
+    names = [name for name, _ in Gated().named_parameters()]
+    plain, conditioned = (dict(zip(names, gradients, strict=True)) for gradients in found[0]["absent"])
+    changed = {name for name in names if not torch.equal(plain[name], conditioned[name])}
+    assert changed == {"second.weight", "third.weight"}
+
+
+def test_an_overflow_in_one_process_spoils_one_step_only(found):
+    agree(found[0]["overflown"], alone(batches()[1:2])[0])
 
 
 def test_processes_on_pooled_statistics_train_as_one(found):
