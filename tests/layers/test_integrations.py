@@ -660,6 +660,17 @@ def test_autocast_touches_nothing_but_weight_gradients(name, dtype, inside):
             assert torch.equal(gradient, found[plain][key]), key
 
 
+def test_a_backward_under_autocast_conditions_in_full_precision():
+    _, model, _, batch = pair()
+    exact = backward(model, batch)["2.weight"]
+    model.zero_grad()
+    output = model(batch)
+    value = (output * torch.linspace(-1, 1, output.numel()).view_as(output) + output.square() / 2).sum()
+    with torch.autocast("cpu", torch.bfloat16):
+        value.backward()
+    torch.testing.assert_close(model[2].weight.grad, exact)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_models_of_half_precision_have_gradients_of_half_precision(dtype):
     plain, model, _, batch = pair("perceptron", dtype=dtype)
@@ -796,6 +807,7 @@ def test_a_copied_optimizer_goes_on_with_its_copy_of_the_model(by):
     weights, state = torch.load(file, weights_only=True)
     resumed.load_state_dict(weights)
     anew.load_state_dict(state)
+    assert anew.handle.settings is anew.param_groups[0]
     expected = steps(model, optimizer)
     for found in (steps(other, its), steps(resumed, anew)):
         assert all(torch.equal(found[key], expected[key]) for key in expected)
