@@ -153,7 +153,8 @@ class Conditioning:
             raise RuntimeError("condition_ needs pooled statistics, but pooled is False: call isaac with pooled=True")
         self.pooled = True
         layers = list(self.layers.values())
-        rows = torch.tensor([layer.pool_rows for layer in layers])
+        device = layers[0].weight.device if layers else None  # NCCL sends nothing from a CPU
+        rows = torch.tensor([layer.pool_rows for layer in layers], device=device)
         everywhere = (rows > 0).float()
         if not alone():
             average_([rows, everywhere])
@@ -210,7 +211,9 @@ class Conditioning:
         touched = {layer.target for layer, columns in seen.items() if columns}
         waiting = [layer for layer in seen if layer.start is None and layer.target not in touched]
         lines = [HEAD, *((layer.name, *columns) for layer, columns in seen.items() if columns)]
-        lines += [(layer.name, *["–"] * (len(HEAD) - 1)) for layer in waiting]
+        lines += [
+            (layer.name, *["–"] * (len(HEAD) - 2), "frozen" * (not layer.weight.requires_grad)) for layer in waiting
+        ]
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         options = ", ".join(f"{name} {value}" for name, value in self.settings.items() if name != "params")
         return "\n".join(

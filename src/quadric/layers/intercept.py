@@ -63,6 +63,7 @@ class Product(torch.autograd.Function):
         (g,) = grad_outputs
         a, weight = ctx.saved_tensors
         of_input, of_weight, of_bias, *_ = ctx.needs_input_grad
+        of_weight = of_weight and _wanted(ctx)
         kind = ctx.kind.during(g, a, of_input=of_input, of_bias=of_bias) if of_weight else ctx.kind
         weight_gradient = formed(ctx.former, kind, g, a, weight) if of_weight else None
         input_gradient, bias_gradient = kind.other_gradients(g, a, weight, of_input=of_input, of_bias=of_bias)
@@ -107,14 +108,9 @@ class DualProduct(Product):
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> Tensor:
         """The tangent of the output, as the plain layer has it."""
-        a_tangent, weight_tangent, bias_tangent, *_ = tangents
+        of_a, of_weight, of_bias, *_ = tangents  # zeros where there are none
         a, weight = ctx.saved_tensors
-        terms = [] if a_tangent is None else [ctx.kind.output(a_tangent, weight, None)]
-        if weight_tangent is not None:
-            terms.append(ctx.kind.output(a, weight_tangent, bias_tangent))
-        elif bias_tangent is not None:
-            terms.append(ctx.kind.output(torch.zeros_like(a), weight, bias_tangent))
-        return torch.stack(terms).sum(0)
+        return ctx.kind.output(of_a, weight, None) + ctx.kind.output(a, of_weight, of_bias)  # pyright: ignore
 
 
 # torch's own entrance binds the defaults of every forward that has a setup_context: a third of a small layer's time.
@@ -125,11 +121,27 @@ def product(kind: Map, a: Tensor, weight: Tensor, bias: Tensor | None, former: F
     """The output of a map; the gradient of its weight will come from ``former``."""
     if a.device.type != "meta" and torch.is_autocast_enabled(a.device.type):
         a, weight, bias = _autocast(a), _autocast(weight), None if bias is None else _autocast(bias)
+    transformed = torch._C._are_functorch_transforms_active()
     if torch.compiler.is_compiling():
+        if transformed:
+            torch._dynamo.graph_break(
+                msg="inside a transform of torch.func a compiler does not tell isaac what is differentiated: "
+                "compile the function that is transformed"
+            )
         return Product.apply(a, weight, bias, kind, former)
-    if torch._C._are_functorch_transforms_active():
+    if transformed:
         return DualProduct.apply(a, weight, bias, kind, former)
     return _apply(a, weight, bias, kind, former)
+
+
+def _wanted(ctx: Any) -> bool:
+    # Whether this backward will use the gradient of the weight: one that asks for inputs alone does not.
+    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+        return True
+    try:
+        return torch._C._will_engine_execute_node(ctx.next_functions[1][0])
+    except RuntimeError:  # it is the node of a leaf that was asked for
+        return True
 
 
 def _autocast(tensor: Tensor) -> Tensor:
@@ -157,7 +169,8 @@ class Site:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's own forward, with its products recognised."""
-        if not self.active or not any(_differentiated(p) for p in self.module.parameters()):
+        own = [_parameter(self.module, path) for path in self.names]
+        if not self.active or not any(weight is None or _differentiated(weight) for weight in own):
             return self.plain(self.module, *args, **kwargs)
         with Recognition(self):
             return self.plain(self.module, *args, **kwargs)
@@ -179,7 +192,7 @@ class Site:
         start = None
         if isinstance(weight, Part):
             weight, start = weight.tensor, weight.start
-        if not _differentiated(weight) or a.is_nested:
+        if not _differentiated(weight) or a.is_nested or a.layout != torch.strided:
             return weight, None
         for path, name in self.names.items():
             own = _parameter(self.module, path)
@@ -205,7 +218,7 @@ class LinearSite(Site):
         module = self.module
         weight: Tensor = module.weight  # pyright: ignore[reportAssignmentType]
         bias: Tensor | None = module.bias  # pyright: ignore[reportAssignmentType]
-        if not self.active or not _differentiated(weight) or input.is_nested:
+        if not self.active or not _differentiated(weight) or input.is_nested or input.layout != torch.strided:
             return F.linear(input, weight, bias)
         return product(LINEAR, input, weight, bias, self.only)
 

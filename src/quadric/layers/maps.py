@@ -64,6 +64,10 @@ class Map(ABC):
         return self
 
     @abstractmethod
+    def smaller_sides(self, sizes: Sizes) -> tuple[int, int]:
+        """Of what a mixing meets, the columns, and of what a smoother meets, the rows: the fewest there can be."""
+
+    @abstractmethod
     def mixed_gradient(self, g: Tensor, a: Tensor, weight: Tensor, mix: Mixing) -> Tensor:
         """The gradient ``gᵀ mix(a) = mix(g)ᵀ a`` for a symmetric mixing of the rows: ``mix`` meets one of the two."""
 
@@ -139,6 +143,9 @@ class Linear(Map):
         outputs, features = weight.shape
         return Sizes(1, g.numel() // outputs if outputs else 0, features, outputs)
 
+    def smaller_sides(self, sizes: Sizes) -> tuple[int, int]:  # noqa: D102
+        return min(sizes.features, sizes.outputs), min(sizes.rows, sizes.outputs)
+
     def rows(self, g: Tensor, a: Tensor, weight: Tensor, picks: Tensor | None) -> Tensor:  # noqa: D102
         return _picked(_flat(a), picks)
 
@@ -211,6 +218,9 @@ class Convolution(Map):
         outputs, features = self.matrix(weight).shape[-2:]
         image = a if self.transposed else g
         return Sizes(self.groups, image.numel() // image.shape[1] if image.shape[1] else 0, features, outputs)
+
+    def smaller_sides(self, sizes: Sizes) -> tuple[int, int]:  # noqa: D102
+        return sizes.features if self.transposed else sizes.outputs, sizes.outputs
 
     def rows(self, g: Tensor, a: Tensor, weight: Tensor, picks: Tensor | None) -> Tensor:  # noqa: D102
         return self._pixels(a, picks) if self.transposed else self._patches(a, g.shape[2:], weight.shape[2:], picks)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from typing import Any
 
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
@@ -98,8 +99,9 @@ def _reason(module: nn.Module, wanted: bool, by_default: bool, unwanted: bool) -
     return ""
 
 
-def _choices(option: str, given: Choice) -> tuple[str | type[nn.Module], ...]:
-    choices = () if given is None else (given,) if isinstance(given, (str, type)) else tuple(given)
+def _choices(option: str, given: Any) -> tuple[str | type[nn.Module], ...]:
+    several = isinstance(given, Iterable) and not isinstance(given, (str, type, nn.Module))
+    choices: tuple = () if given is None else tuple(given) if several else (given,)
     for choice in choices:
         if not isinstance(choice, str) and not (isinstance(choice, type) and issubclass(choice, nn.Module)):
             raise ValueError(

@@ -92,7 +92,8 @@ def summed_damping(damping: Damping, passes: int, rows: Tensor) -> Tensor | floa
         return rows.shape[-2] * level
     flat = rows.reshape(-1)
     columns, least = rows.numel() / rows.shape[-2], TINY[rows.dtype]  # where all inputs are zero, any damping serves
-    if torch.is_grad_enabled() or rows.device.type != "cpu":
+    waits = rows.device.type == "cpu" and not torch._C._are_functorch_transforms_active()
+    if torch.is_grad_enabled() or not waits:
         return (flat.dot(flat) * (level / columns)).clamp_min(least)
     return max(flat.dot(flat).item() * level / columns, least)
 
@@ -161,32 +162,33 @@ class Way(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def cheapest(sizes: Sizes, looked: int, several: bool) -> Way:
+def cheapest(sizes: Sizes, looked: int, sides: tuple[int, int], some: bool) -> Way:
     """The cheapest way to condition a gradient by so many of the rows.
 
     Args:
         sizes: Of the map.
         looked: Rows that the moment is taken of.
-        several: Whether the map can mix some rows only, as a linear layer can.
+        sides: Of the map: :meth:`quadric.layers.maps.Map.smaller_sides`.
+        some: Whether the map can mix some of the rows, as a linear layer can.
     """
     groups, r, n, o = sizes
-    s = looked
+    s, (columns, smoothed) = looked, sides
     ways = [
-        Way("features", 2 * s * n * n + INVERSE * n**3 + 2 * n * n * min(r, o)),
+        Way("features", 2 * s * n * n + INVERSE * n**3 + 2 * n * n * smoothed),
         Way("sampled rows", 2 * s * s * n + INVERSE * s**3 + 4 * o * n * s + 2 * o * s * s),
     ]
     if s == r:
-        ways.append(Way("rows", 2 * r * r * n + INVERSE * r**3 + 2 * r * r * min(n, o)))
-    elif several:
+        ways.append(Way("rows", 2 * r * r * n + INVERSE * r**3 + 2 * r * r * columns))
+    elif some:
         ways.append(Way("mixed rows", 2 * r * s * (n + o) + INVERSE * s**3 + 2 * s * s * o))
     best = min(ways, key=lambda way: way.flops)
     return best._replace(flops=groups * best.flops)
 
 
-def average_cost(sizes: Sizes, looked: int, every: int) -> float:
-    """The extra flops where a moment is looked at now and then, and its inverse is kept."""
-    groups, r, n, o = sizes
-    return groups * (2 * n * n * min(r, o) + (2 * looked * n * n + INVERSE * n**3) / every)
+def average_cost(sizes: Sizes, looked: int, smoothed: int, every: int) -> float:
+    """The extra flops where a moment is looked at now and then, and its inverse meets so many rows of numbers."""
+    groups, _, n, _ = sizes
+    return groups * (2 * n * n * smoothed + (2 * looked * n * n + INVERSE * n**3) / every)
 
 
 def condition(
@@ -294,8 +296,12 @@ class InputMoment(Curvature):
         Raises:
             ValueError: if it has another shape or holds a number that is not finite; nothing is changed then.
         """
-        fits = observation.ndim in (1, 2) and observation.shape[-1] == self.dim and observation.numel() > 0
-        self.check(observation, fits)
+        if observation.ndim not in (1, 2) or observation.shape[-1] != self.dim or not observation.numel():
+            raise ValueError(
+                f"the observation has shape {tuple(observation.shape)}, but this estimate has {self.dim} columns: pass "
+                f"rows of inputs as (rows, {self.dim})"
+            )
+        self.check(observation, True)
         self.absorb(observation.reshape(-1, self.groups, self.features).movedim(1, 0))
 
     def absorb(self, observation: Tensor) -> None:
@@ -307,9 +313,14 @@ class InputMoment(Curvature):
         """:meth:`absorb` for the second moment of a batch, ``(groups, n, n)``."""
         past = 0.0 if self.decay is None else self.decay
         new = moment * (1 - past)
-        self.moment = new if not self.moment.numel() else self.moment.to(new.dtype) * past + new
+        self.moment = new if not self.moment.numel() else self.moment.to(new) * past + new
         self.updates += 1
         self._smoother = None
+
+    def moved(self, device: torch.device) -> InputMoment:
+        """The same estimate, on another device."""
+        self.moment, self._smoother = self.moment.to(device), None
+        return self
 
     def average(self) -> Tensor:
         """M, ``(groups, n, n)``."""
@@ -362,6 +373,8 @@ class ConditionedLayer(Layer):
 
     def __call__(self, kind: Map, g: Tensor, a: Tensor, weight: Tensor) -> Tensor | None:
         """The gradient of the weight; None where only its outputs are looked at."""
+        if a.device.type == "meta":  # shapes are all there is
+            return kind.weight_gradient(g, a, weight)
         if torch.is_autocast_enabled(a.device.type):
             with torch.autocast(a.device.type, enabled=False):
                 return self.gradient(kind, g, a, weight)
@@ -383,14 +396,15 @@ class ConditionedLayer(Layer):
             self.add_to_pool(kind, kind.rows(g, a, weight, picks), weight)
             return kind.weight_gradient(g, a, weight)
         if settings["decay"] is None and settings["refresh_every"] == 1:
-            self.way = cheapest(sizes, self.looked, isinstance(kind, Linear))
+            self.way = cheapest(sizes, self.looked, kind.smaller_sides(sizes), isinstance(kind, Linear))
             damping = settings["damping"]
             gradient, self.raised = condition(kind, g, a, weight, picks, damping, self.passes, self.way.name)
         else:
-            self.way = Way("average", average_cost(sizes, self.looked, settings["refresh_every"]))
+            smoothed = kind.smaller_sides(sizes)[1]
+            self.way = Way("average", average_cost(sizes, self.looked, smoothed, settings["refresh_every"]))
             if looks:
                 self.learn("inputs", kind.rows(g, a, weight, picks))
-            smoother = self.smoother("inputs")
+            smoother = self.smoother("inputs", weight.device)
             gradient = (
                 kind.weight_gradient(g, a, weight)
                 if smoother is None
@@ -399,7 +413,7 @@ class ConditionedLayer(Layer):
         if settings["output_damping"] is not None:
             if looks and not self.handle.sampled:
                 self.learn("outputs", kind.output_rows(g, a, weight, picks))
-            smoother = self.smoother("outputs")
+            smoother = self.smoother("outputs", weight.device)
             if smoother is not None:
                 gradient = kind.weight(smoother @ kind.matrix(gradient).to(smoother.dtype), weight)
         if self.raised:
@@ -418,10 +432,12 @@ class ConditionedLayer(Layer):
         moment.decay = settings["decay"]
         return moment
 
-    def smoother(self, side: str) -> Tensor | None:
+    def smoother(self, side: str, device: torch.device) -> Tensor | None:
         """What the moment of one side multiplies a gradient by, as the map's matrices are shaped; None for nothing."""
         moment = self.moment(side)
         smoother = moment.smoother()
+        if smoother is not None and smoother.device != device:  # the model was moved, or a file was read elsewhere
+            smoother = moment.moved(device).smoother()
         self.raised |= moment.raised
         return smoother[0] if smoother is not None and self.sizes.groups == 1 else smoother
 
@@ -456,11 +472,12 @@ class ConditionedLayer(Layer):
                     "handle.condition_() before each step",
                 )
             self.pool, self.pool_rows = None, 0.0
-        self.way, self.kind, self.task = Way("pooled", average_cost(self.sizes, self.looked, 1)), kind.plain(), task
+        self.way = Way("pooled", average_cost(self.sizes, self.looked, self.sizes.outputs, 1))
+        self.kind, self.task = kind.plain(), task
         if bool(torch.isfinite(rows).all()):
             rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
             gram = rows.mT @ rows * (self.sizes.rows / rows.shape[-2])
-            self.pool = gram if self.pool is None else self.pool + gram
+            self.pool = gram if self.pool is None else self.pool.to(gram) + gram
             self.pool_rows += self.sizes.rows
 
     def part(self) -> slice:
@@ -489,7 +506,7 @@ class ConditionedLayer(Layer):
             return
         moment = self.moment("inputs")
         moment.blend((pool / rows).reshape(moment.groups, moment.features, moment.features))
-        smoother = self.smoother("inputs")
+        smoother = self.smoother("inputs", weight.device)
         if smoother is not None:
             gradient = weight.grad[self.part()]
             gradient.copy_(kind.weight(kind.matrix(gradient).to(smoother.dtype) @ smoother, gradient))
