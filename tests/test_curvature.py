@@ -215,8 +215,8 @@ def test_no_coordinates(build):
         (lambda: HessianDiagonal(3, decay=1.0), r"decay.*got 1\.0"),
         (lambda: InputMoment(3, decay=1.0), r"decay.*got 1\.0"),
         (lambda: InputMoment(3, decay=-0.1), r"decay.*got -0\.1"),
-        (lambda: InputMoment(3).update(torch.ones(0, 3)), r"shape \(0, 3\).*3 coordinates"),
-        (lambda: InputMoment(3, groups=2).update(torch.ones(4, 3)), r"shape \(4, 3\).*6 coordinates"),
+        (lambda: InputMoment(3).update(torch.ones(0, 3)), r"shape \(0, 3\).*3 columns"),
+        (lambda: InputMoment(3, groups=2).update(torch.ones(4, 3)), r"shape \(4, 3\).*6 columns"),
         (lambda: relative(0.0), r"damping.*got 0\.0"),
     ],
 )

@@ -425,8 +425,9 @@ def test_lazy_layers():
 
 
 @pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
-def test_nested_inputs_are_left_to_torch():
-    model = nn.Linear(4, 3)
+@pytest.mark.parametrize("make", [nn.Linear, Doubled])
+def test_nested_inputs_are_left_to_torch(make):
+    model = make(4, 3)
     plain, notes, _ = intercepted(model)
     x = torch.nested.nested_tensor([torch.randn(2, 4), torch.randn(5, 4)])
     assert torch.equal(model(x)[1], plain(x)[1])
