@@ -11,6 +11,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -203,7 +204,7 @@ class Convolution(Map):
         return self._backward(g, a, weight, False, True, False)[1]
 
     def during(self, g: Tensor, a: Tensor, *, of_input: bool, of_bias: bool) -> Map:  # noqa: D102
-        return _ConvolutionPass(*self._arguments, g, a, of_input, of_bias) if of_bias else self
+        return _ConvolutionPass(*self._arguments, g, a, of_input, of_bias) if of_input or of_bias else self
 
     def _backward(self, g: Tensor, a: Tensor, weight: Tensor, *wanted: bool) -> tuple[Tensor, Tensor, Tensor]:
         outputs = g.shape[1:2]
@@ -260,23 +261,34 @@ class Convolution(Map):
 
     def _patches(self, image: Tensor, positions: torch.Size, reach: torch.Size, picks: Tensor | None) -> Tensor:
         # What the kernel sees at some positions, (groups, rows, channels of a group × kernel); no other is unfolded.
-        axes = len(positions)
+        geometry = self.stride, self.padding, self.dilation
+        places, inside = _sight(tuple(image.shape[2:]), tuple(positions), tuple(reach), geometry, image.device)
         if picks is None:
-            picks = torch.arange(len(image) * math.prod(positions), device=image.device)
-        places, inside = [], []
-        rest = picks
-        for axis in reversed(range(axes)):
-            start = rest % positions[axis] * self.stride[axis] - self.padding[axis]
-            rest = rest // positions[axis]
-            at = start[:, None] + torch.arange(reach[axis], device=image.device) * self.dilation[axis]
-            shape = [len(picks)] + [-1 if axis == other else 1 for other in range(axes)]
-            size = image.shape[2 + axis]
-            inside.insert(0, ((at >= 0) & (at < size)).view(shape))
-            places.insert(0, at.clamp(0, size - 1).view(shape))
-        seen = image[(rest.view(-1, *[1] * axes), slice(None), *places)]  # (rows, *kernel, channels)
-        for mask in inside:
-            seen = seen * mask.unsqueeze(-1)
-        return seen.movedim(-1, 1).reshape(len(picks), self.groups, -1).movedim(1, 0)
+            picks = torch.arange(len(image) * len(places), device=image.device)
+        example, position = picks // len(places), picks % len(places)
+        seen = image.flatten(2)[example.unsqueeze(1), :, places[position]]  # (rows, kernel, channels)
+        if inside is not None:
+            seen = seen * inside[position].unsqueeze(-1)
+        return seen.mT.reshape(len(picks), self.groups, -1).movedim(1, 0)
+
+
+@lru_cache(maxsize=256)
+def _sight(
+    size: tuple[int, ...],
+    positions: tuple[int, ...],
+    reach: tuple[int, ...],
+    geometry: tuple[tuple[int, ...], ...],
+    device: torch.device,
+) -> tuple[Tensor, Tensor | None]:
+    # The pixels that a kernel sees from each position, (positions, kernel), and which of them are not padding.
+    places, inside = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
+    for axis, (stride, padding, dilation) in enumerate(zip(*geometry, strict=True)):
+        at = torch.arange(positions[axis])[:, None] * stride - padding + torch.arange(reach[axis]) * dilation
+        within = (at >= 0) & (at < size[axis])
+        at = at.clamp(0, size[axis] - 1)
+        places = (places[:, None, :, None] * size[axis] + at[None, :, None, :]).reshape(len(places) * len(at), -1)
+        inside = (inside[:, None, :, None] & within[None, :, None, :]).reshape(len(inside) * len(at), -1)
+    return places.to(device), None if bool(inside.all()) else inside.to(device)
 
 
 def _flat(x: Tensor) -> Tensor:
@@ -290,7 +302,7 @@ def _picked(rows: Tensor, picks: Tensor | None) -> Tensor:
 
 @dataclass(frozen=True)
 class _ConvolutionPass(Convolution):
-    # CPUs get the gradient of the bias from the product that gives the weight's: all are taken from one call.
+    # One call gives all gradients sooner than two, and CPUs get that of the bias from the product for the weight's.
 
     g: Tensor
     a: Tensor

@@ -239,7 +239,7 @@ def sample(rows: int, most: int | None, device: torch.device) -> Tensor | None:
     double = {"dtype": torch.float64, "device": device}
     # A transform of torch.func would not let numbers be drawn: there it is the middle of each stretch.
     drawn = 0.5 if torch._C._are_functorch_transforms_active() else torch.rand(most, **double)
-    return ((torch.arange(most, **double) + drawn) * (rows / most)).long().clamp_(max=rows - 1)
+    return torch.arange(most, **double).add_(drawn).mul_(rows / most).long().clamp_(max=rows - 1)
 
 
 # The estimate.
@@ -572,7 +572,7 @@ def isaac(
     output_damping: Damping | None = None,
     decay: float | None = None,
     refresh_every: int = 1,
-    max_rows: int | None = 512,
+    max_rows: int | None = 64,
     pooled: bool = False,
 ) -> Conditioning:
     r"""Condition the weight gradients of a model's layers by their inputs, inside the backward, for any optimizer.
@@ -710,7 +710,7 @@ class ISAAC(CurvatureOptimizer):
         output_damping: Damping | None = None,
         decay: float | None = None,
         refresh_every: int = 1,
-        max_rows: int | None = 512,
+        max_rows: int | None = 64,
         pooled: bool = False,
         weight_decay: float = 0.0,
         maximize: bool = False,
