@@ -1164,6 +1164,20 @@ def test_hyper_parameters_of_the_group_are_those_of_the_layers():
     close(weight_gradient(layer, x, g), definition(plain, x, g, 0.2))
 
 
+def test_settings_of_a_file_are_those_of_the_layers():
+    layer, x, g = made("more rows than features")
+    plain, optimizer = copy.deepcopy(layer), ISAAC(layer, damping=0.5)
+    weight_gradient(layer, x, g)
+    optimizer.step()
+    layer.load_state_dict(plain.state_dict())
+    state = optimizer.state_dict()
+    state["param_groups"][0] |= {"damping": 0.1, "output_damping": 0.3}
+    optimizer.load_state_dict(state)
+    close(weight_gradient(layer, x, g), two_sided(plain, x, g, 0.1, 0.3), 1e-9)
+    optimizer.param_groups[0]["output_damping"] = None
+    close(weight_gradient(layer, x, g), definition(plain, x, g, 0.1))
+
+
 def test_a_closure_of_pooled_statistics():
     layer, x, _ = made("more rows than features")
     plain, start = copy.deepcopy(layer), layer.weight.detach().clone()
