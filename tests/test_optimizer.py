@@ -84,6 +84,7 @@ OPTIMIZERS = {
     "hesscale-trust": lambda params, **given: Looking(params, **{"lr": 0.05, "eps": 1e-2, "trust": 1e-3} | given),
     "hesscale-seldom": lambda params, **given: Looking(params, **{"lr": 0.05, "eps": 1e-2, "refresh_every": 4} | given),
     "isaac": isaac,
+    "isaac-pooled": lambda params, **given: isaac(params, **{"pooled": True, "refresh_every": 3} | given),
     "isaac-decayed": lambda params, **given: isaac(params, **{"decay": 0.9, "momentum": 0.0, "damping": 0.5} | given),
 }
 DAMPED = sorted(name for name in OPTIMIZERS if not name.startswith("hesscale"))  # the others have eps, a plain number

@@ -153,7 +153,9 @@ class Conditioning:
             raise RuntimeError("condition_ needs pooled statistics, but pooled is False: call isaac with pooled=True")
         self.pooled = True
         layers = list(self.layers.values())
-        device = layers[0].weight.device if layers else None  # NCCL sends nothing from a CPU
+        if not layers:
+            return
+        device = layers[0].weight.device  # NCCL sends nothing from a CPU
         rows = torch.tensor([layer.pool_rows for layer in layers], device=device)
         everywhere = (rows > 0).float()
         if not alone():

@@ -126,7 +126,7 @@ def product(kind: Map, a: Tensor, weight: Tensor, bias: Tensor | None, former: F
         if transformed:
             torch._dynamo.graph_break(
                 msg="inside a transform of torch.func a compiler does not tell isaac what is differentiated: "
-                "compile the function that is transformed"
+                "leave fullgraph=True out, and the transform runs eagerly"
             )
         return Product.apply(a, weight, bias, kind, former)
     if transformed:

@@ -106,11 +106,7 @@ class Linear(Map):
     """``z = a Wᵀ + b`` over the last axis of inputs of any rank: ``torch.nn.functional.linear``."""
 
     def output(self, a: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: D102
-        if a.ndim < 3 or a.is_contiguous():
-            return F.linear(a, weight, bias)
-        # What torch does with a strided input depends on whether the weight wants a gradient.
-        with torch.enable_grad():
-            return F.linear(a, weight, bias).detach()
+        return F.linear(a, weight, bias)
 
     def other_gradients(  # noqa: D102
         self, g: Tensor, a: Tensor, weight: Tensor, *, of_input: bool, of_bias: bool

@@ -20,7 +20,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, _foreach_add_, _foreach_mul_, nn  # pyright: ignore[reportPrivateImportUsage]
@@ -36,6 +36,7 @@ from quadric.tiles import Tiles
 __all__ = ["ISAAC", "InputMoment", "isaac", "relative"]
 
 TINY = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
+LITTLE = 2**23  # multiplications and additions that take less time than a layer's bookkeeping
 INVERSE = 4  # a factorisation and inverse of k × k take as long as products of so many k³ multiplications and additions
 
 
@@ -183,6 +184,14 @@ def cheapest(sizes: Sizes, looked: int, sides: tuple[int, int], some: bool) -> W
         ways.append(Way("mixed rows", 2 * r * s * (n + o) + INVERSE * s**3 + 2 * s * s * o))
     best = min(ways, key=lambda way: way.flops)
     return best._replace(flops=groups * best.flops)
+
+
+@lru_cache(maxsize=1024)
+def most_rows(sizes: Sizes, sides: tuple[int, int]) -> int | None:
+    """None, for all rows, where that costs little; otherwise the rows of which more brought nothing in trials."""
+    groups, r, n, o = sizes
+    exact = cheapest(sizes, r, sides, some=False).flops
+    return None if exact <= max(LITTLE, 6 * groups * r * n * o / 10) else 64
 
 
 def average_cost(sizes: Sizes, looked: int, smoothed: int, every: int) -> float:
@@ -385,7 +394,10 @@ class ConditionedLayer(Layer):
         settings, sizes = self.handle.settings, kind.sizes(g, a, weight)
         if 0 in sizes:
             return kind.weight_gradient(g, a, weight)
-        picks = sample(sizes.rows, settings["max_rows"], a.device)
+        most = settings["max_rows"]
+        if most == "auto":
+            most = most_rows(sizes, kind.smaller_sides(sizes))
+        picks = sample(sizes.rows, most, a.device)
         self.sizes, self.looked = sizes, sizes.rows if picks is None else len(picks)
         if self.handle.observing:
             self.learn("outputs", kind.output_rows(g, a, weight, picks))
@@ -548,7 +560,8 @@ def check_settings(settings: dict[str, Any]) -> None:
     InputMoment(1, decay=settings["decay"])
     every, most = settings["refresh_every"], settings["max_rows"]
     require(_count(every), "refresh_every", every, "refresh_every ≥ 1, an integer", "1 looks at every batch")
-    require(most is None or _count(most), "max_rows", most, "max_rows ≥ 1, an integer", "None looks at all rows")
+    known = most is None or most == "auto" or _count(most)
+    require(known, "max_rows", most, "max_rows ≥ 1, an integer, None or 'auto'", "None looks at all rows")
     one_sided = settings["output_damping"] is None or not settings["pooled"]
     require(
         one_sided,
@@ -572,7 +585,7 @@ def isaac(
     output_damping: Damping | None = None,
     decay: float | None = None,
     refresh_every: int = 1,
-    max_rows: int | None = 64,
+    max_rows: int | Literal["auto"] | None = "auto",
     pooled: bool = False,
 ) -> Conditioning:
     r"""Condition the weight gradients of a model's layers by their inputs, inside the backward, for any optimizer.
@@ -595,7 +608,8 @@ def isaac(
             with ḡ = B g; use :func:`relative` under a GradScaler. None leaves the outputs' side out.
         decay: factor of the past in an average of moments; None conditions by the batch alone.
         refresh_every: passes of a layer from one look at the moments to the next.
-        max_rows: of more rows than these (tokens, positions) a random sample stands for all in the moments.
+        max_rows: of more rows than these (tokens, positions) a random sample stands for all in the moments; None looks
+            at all, "auto" too where that costs less than a tenth of the layer or next to nothing, and otherwise at 64.
         pooled: one moment for all passes and all processes since the last step, met by the complete gradient: call
             ``handle.attach(optimizer)``. Otherwise each micro-batch and each replica is conditioned by its own inputs.
 
@@ -676,7 +690,7 @@ class ISAAC(CurvatureOptimizer):
         output_damping: λ_g of the two-sided ζ.
         decay: factor of the past in an average of moments.
         refresh_every: passes from one look at the moments to the next.
-        max_rows: the most rows that a moment is taken of.
+        max_rows: the most rows that a moment is taken of; "auto" bounds the cost.
         pooled: one moment for all passes and processes since the last step.
         weight_decay: decoupled weight decay.
         maximize: ascend instead.
@@ -710,7 +724,7 @@ class ISAAC(CurvatureOptimizer):
         output_damping: Damping | None = None,
         decay: float | None = None,
         refresh_every: int = 1,
-        max_rows: int | None = 64,
+        max_rows: int | Literal["auto"] | None = "auto",
         pooled: bool = False,
         weight_decay: float = 0.0,
         maximize: bool = False,
