@@ -126,10 +126,12 @@ def smoother_of(left: Tensor, right: Tensor | None, rho: Tensor | float) -> Smoo
     size, raised = left.shape[-2], False
     while True:
         eye = identity(size, left.dtype, left.device)
-        if right is not None and left.ndim == 2 and isinstance(rho, float):
+        if not isinstance(rho, float):
+            damped = (left if right is None else left @ right) / rho + eye
+        elif right is not None and left.ndim == 2:
             damped = torch.addmm(eye, left, right, alpha=1 / rho)
         else:
-            damped = (left if right is None else left @ right) / rho + eye
+            damped = torch.add(eye, left if right is None else left @ right, alpha=1 / rho)
         factor, failed = torch.linalg.cholesky_ex(damped)
         if torch._C._are_functorch_transforms_active():  # where a value may not decide anything
             matrix = torch.cholesky_inverse(factor)
