@@ -356,7 +356,7 @@ def plot(results: dict[str, Any]) -> Figure:
         goals = {width: goal for (width, other), goal in sized if other == batch}
         draw(axes, batch, lines, goals)
     highest = max([*ours.values(), *theirs.values()])
-    panels[0].set_ylim(0.95, 1.08 * highest)
+    panels[0].set_ylim(0.92, 1.08 * highest)
     panels[0].set_ylabel("time over the plain layer's", color=MUTED)
     figure.supxlabel("width of the layer", color=MUTED, fontsize=9)
     handles = {
