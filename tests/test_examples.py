@@ -1,4 +1,4 @@
-"""The example that takes minutes runs with a tiny budget."""
+"""Examples run with a tiny budget."""
 
 import importlib.util
 import json
@@ -11,14 +11,34 @@ import torch
 EXAMPLES = Path(__file__).parent.parent / "examples"
 
 
-@pytest.fixture(scope="module")
-def reinforcement_learning():
-    spec = importlib.util.spec_from_file_location("reinforcement_learning", EXAMPLES / "reinforcement_learning.py")
+def example(name):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    threads = torch.get_num_threads()
-    yield module
-    torch.set_num_threads(threads)  # a run of the example sets it
+    return module
+
+
+@pytest.fixture(scope="module", autouse=True)
+def threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)  # a run of an example sets it
+
+
+@pytest.fixture(scope="module")
+def reinforcement_learning():
+    return example("reinforcement_learning")
+
+
+def test_conditioned_optimizers_train_and_the_plan_is_told(monkeypatch, capsys):
+    module = example("isaac")
+    monkeypatch.setattr(module, "STEPS", 20)
+    module.main()
+    told = capsys.readouterr().out
+    assert "3 weights conditioned: damping relative(share=1.0)" in told
+    losses = [line.rpartition(" ")[2] for line in told.splitlines() if ": 1." in line or "conditioned 1." in line]
+    assert len(losses) == 4
+    assert max(map(float, losses)) < 1.6  # log 5 = 1.61 is where it begins
 
 
 def sweep(out, *arguments):
