@@ -79,7 +79,11 @@ class Product(torch.autograd.Function):
         return (of_a, of_weight, of_b)[: len(ctx.next_functions)]
 
 
-@torch.library.custom_op("quadric::weight_gradient", mutates_args=())
+# What decides by values cannot be recorded once and replayed; older releases of torch have no word for it.
+_TAGS: dict[str, Any] = {"tags": torch.Tag.cudagraph_unsafe} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
+
+
+@torch.library.custom_op("quadric::weight_gradient", mutates_args=(), **_TAGS)
 def opaque_gradient(g: Tensor, a: Tensor, weight: Tensor, former: int, geometry: list[int]) -> Tensor:
     """The gradient of a weight, as one operation of a compiled graph."""
     if former not in FORMERS:

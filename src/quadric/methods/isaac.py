@@ -87,7 +87,7 @@ def damping_now(damping: Damping, passes: int) -> Damping:
 
 
 def summed_damping(damping: Damping, passes: int, rows: Tensor) -> Tensor | float:
-    """Ρ of rows, ``(..., rows, columns)``; a number where nobody differentiates it or would wait for it."""
+    """The ρ of rows, ``(..., rows, columns)``; a number where nobody differentiates it or would wait for it."""
     level = damping_at(damping, passes)
     if not isinstance(damping, relative):
         return rows.shape[-2] * level
@@ -234,13 +234,19 @@ def condition(
         gradient = kind.mixed_gradient(g, a, weight, lambda factor: (matrix @ factor.to(dtype)).to(factor.dtype))
     elif way == "sampled rows":
         gradient = kind.matrix(kind.weight_gradient(g, a, weight)).to(dtype)
-        gradient = kind.weight(gradient - (gradient @ rows.mT) @ (matrix / rho) @ rows, weight)
+        reduce = torch.addmm if gradient.ndim == 2 else torch.baddbmm
+        gradient = kind.weight(reduce(gradient, (gradient @ rows.mT) @ (matrix / rho), rows, alpha=-1), weight)
     else:
         flat = kind.output_rows(g, a, weight, None)
         part = (matrix / rho) @ (cross.mT @ flat.to(dtype))
         mixed = flat.index_add(0, picks, part.to(flat.dtype), alpha=-1)  # pyright: ignore[reportArgumentType]
         gradient = kind.weight_gradient(mixed, a, weight)
     return gradient.to(weight.dtype), raised
+
+
+def single(rows: Tensor) -> Tensor:
+    """Rows without their graph, in float32 at least: what moments are taken of."""
+    return rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
 
 
 def sample(rows: int, most: int | None, device: torch.device) -> Tensor | None:
@@ -317,7 +323,7 @@ class InputMoment(Curvature):
 
     def absorb(self, observation: Tensor) -> None:
         """:meth:`update` for rows of each group, ``(groups, rows, features)``, known to be finite."""
-        rows = observation.to(torch.promote_types(observation.dtype, torch.float32))
+        rows = single(observation)
         self.blend(rows.mT @ rows / rows.shape[-2])
 
     def blend(self, moment: Tensor) -> None:
@@ -411,19 +417,18 @@ class ConditionedLayer(Layer):
             return kind.weight_gradient(g, a, weight)
         if settings["decay"] is None and settings["refresh_every"] == 1:
             self.way = cheapest(sizes, self.looked, kind.smaller_sides(sizes), isinstance(kind, Linear))
-            damping = settings["damping"]
-            gradient, self.raised = condition(kind, g, a, weight, picks, damping, self.passes, self.way.name)
+            damping, way = settings["damping"], self.way.name
+            gradient, self.raised = condition(kind, g, a, weight, picks, damping, self.passes, way)
         else:
             smoothed = kind.smaller_sides(sizes)[1]
             self.way = Way("average", average_cost(sizes, self.looked, smoothed, settings["refresh_every"]))
             if looks:
                 self.learn("inputs", kind.rows(g, a, weight, picks))
             smoother = self.smoother("inputs", weight.device)
-            gradient = (
-                kind.weight_gradient(g, a, weight)
-                if smoother is None
-                else kind.smoothed_gradient(g, a, weight, smoother)
-            )
+            if smoother is None:
+                gradient = kind.weight_gradient(g, a, weight)
+            else:
+                gradient = kind.smoothed_gradient(g, a, weight, smoother)
         if settings["output_damping"] is not None:
             if looks and not self.handle.sampled:
                 self.learn("outputs", kind.output_rows(g, a, weight, picks))
@@ -458,7 +463,7 @@ class ConditionedLayer(Layer):
     def learn(self, side: str, rows: Tensor) -> None:
         """Add rows, ``(..., rows, columns)``, to the moment of one side, unless one of them is not finite."""
         self.refuse_transforms()
-        rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+        rows = single(rows)
         if side == "outputs":
             rows = rows * self.sizes.rows  # the mean over rows is not theirs
         if bool(torch.isfinite(rows).all()):
@@ -489,7 +494,7 @@ class ConditionedLayer(Layer):
         self.way = Way("pooled", average_cost(self.sizes, self.looked, self.sizes.outputs, 1))
         self.kind, self.task = kind.plain(), task
         if bool(torch.isfinite(rows).all()):
-            rows = rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
+            rows = single(rows)
             gram = rows.mT @ rows * (self.sizes.rows / rows.shape[-2])
             self.pool = gram if self.pool is None else self.pool.to(gram) + gram
             self.pool_rows += self.sizes.rows
@@ -556,22 +561,17 @@ def check_settings(settings: dict[str, Any]) -> None:
     Raises:
         ValueError: if one is.
     """
-    damping_at(settings["damping"], 1)
-    if settings["output_damping"] is not None:
-        damping_at(settings["output_damping"], 1)
+    for damping in (settings["damping"], settings["output_damping"]):
+        if damping is not None:
+            damping_at(damping, 1)
     InputMoment(1, decay=settings["decay"])
     every, most = settings["refresh_every"], settings["max_rows"]
     require(_count(every), "refresh_every", every, "refresh_every ≥ 1, an integer", "1 looks at every batch")
     known = most is None or most == "auto" or _count(most)
     require(known, "max_rows", most, "max_rows ≥ 1, an integer, None or 'auto'", "None looks at all rows")
-    one_sided = settings["output_damping"] is None or not settings["pooled"]
-    require(
-        one_sided,
-        "output_damping",
-        settings["output_damping"],
-        "output_damping is None where pooled=True",
-        "choose one",
-    )
+    other = settings["output_damping"]
+    one_sided = other is None or not settings["pooled"]
+    require(one_sided, "output_damping", other, "output_damping is None where pooled=True", "choose one of the two")
 
 
 def _count(value: Any) -> bool:
