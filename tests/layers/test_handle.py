@@ -129,6 +129,22 @@ def test_the_plan_before_and_after_a_pass():
     assert all(line.startswith("left alone: ") for line in lines[3:])
 
 
+def test_the_plan_of_a_batch_is_that_of_its_pass_and_touches_nothing():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 5))
+    handle = isaac(model, relative(0.5), decay=0.9, refresh_every=2)
+    before, state = copy.deepcopy(model.state_dict()), str(handle)
+    batch = torch.randn(4, 3, 8, 8)
+    promised = handle.plan(batch)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(p.grad is None for p in model.parameters())
+    assert str(handle) == state
+    assert set(handle.state_dict()) == {"sampled"}
+    model(batch).square().mean().backward()
+    assert str(handle) == promised
+    assert "known after" not in promised
+
+
 def test_the_plan_shows_the_parts_of_an_attention_that_were_met():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, batch_first=True), "head": nn.Linear(8, 2)})
     handle = isaac(model)

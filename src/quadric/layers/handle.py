@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from abc import abstractmethod
 from collections import defaultdict
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from quadric.distributed import alone, average_
 from quadric.layers.intercept import Former, Site, attribute, intercept, release
@@ -208,6 +210,22 @@ class Conditioning:
 
     # The plan.
 
+    def plan(self, *inputs: Any, **named: Any) -> str:
+        """The plan for a batch, before any pass: shapes alone go through a copy of the model.
+
+        Args:
+            inputs: What the model is called with.
+            named: The same, by name.
+        """
+        copied, (targets, ignore, make) = copy.deepcopy(self.model).to("meta"), self._given
+        handle = Conditioning(copied, self.settings, targets, ignore, make)
+        batch, options = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), (inputs, named))
+        outputs = [
+            out for out in tree_leaves(copied(*batch, **options)) if isinstance(out, Tensor) and out.requires_grad
+        ]
+        torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+        return str(handle)
+
     def __str__(self) -> str:
         seen = {layer: layer.seen() for layer in self.layers.values()}
         touched = {layer.target for layer, columns in seen.items() if columns}
@@ -222,7 +240,7 @@ class Conditioning:
             [
                 f"{len(lines) - 1} weights conditioned: {options}",
                 *("  ".join(map(str.ljust, line, widths)).rstrip() for line in lines),
-                *["rows and costs are known after a backward pass"] * bool(waiting),
+                *["rows and costs are known after a backward pass, or from handle.plan(*inputs)"] * bool(waiting),
                 *(f"left alone: {target.name}: {target.reason}" for target in self.targets if target.reason),
             ]
         )

@@ -249,9 +249,9 @@ def single(rows: Tensor) -> Tensor:
     return rows.detach().to(torch.promote_types(rows.dtype, torch.float32))
 
 
-def sample(rows: int, most: int | None, device: torch.device) -> Tensor | None:
+def sample(rows: int, most: int, device: torch.device) -> Tensor | None:
     """Numbers of ``most`` of the rows, one drawn from each of as many equal stretches; None for all of them."""
-    if most is None or rows <= most:
+    if rows <= most:
         return None
     double = {"dtype": torch.float64, "device": device}
     # A transform of torch.func would not let numbers be drawn: there it is the middle of each stretch.
@@ -390,6 +390,10 @@ class ConditionedLayer(Layer):
 
     def __call__(self, kind: Map, g: Tensor, a: Tensor, weight: Tensor) -> Tensor | None:
         """The gradient of the weight; None where only its outputs are looked at."""
+        sizes = kind.sizes(g, a, weight)
+        if 0 in sizes:
+            return kind.weight_gradient(g, a, weight)
+        self.choose_way(kind, sizes)
         if a.device.type == "meta":  # shapes are all there is
             return kind.weight_gradient(g, a, weight)
         if torch.is_autocast_enabled(a.device.type):
@@ -397,31 +401,33 @@ class ConditionedLayer(Layer):
                 return self.gradient(kind, g, a, weight)
         return self.gradient(kind, g, a, weight)
 
-    def gradient(self, kind: Map, g: Tensor, a: Tensor, weight: Tensor) -> Tensor | None:
-        """:meth:`__call__`, outside autocast."""
-        settings, sizes = self.handle.settings, kind.sizes(g, a, weight)
-        if 0 in sizes:
-            return kind.weight_gradient(g, a, weight)
-        most = settings["max_rows"]
+    def choose_way(self, kind: Map, sizes: Sizes) -> None:
+        """Decide how many rows to look at, and what to do with them."""
+        settings, sides = self.handle.settings, kind.smaller_sides(sizes)
+        every, most = settings["refresh_every"], settings["max_rows"]
         if most == "auto":
-            most = most_rows(sizes, kind.smaller_sides(sizes))
-        picks = sample(sizes.rows, most, a.device)
-        self.sizes, self.looked = sizes, sizes.rows if picks is None else len(picks)
+            most = most_rows(sizes, sides)
+        self.sizes, self.looked = sizes, sizes.rows if most is None else min(most, sizes.rows)
+        if settings["pooled"]:
+            self.way = Way("pooled", average_cost(sizes, self.looked, sizes.outputs, 1))
+        elif settings["decay"] is not None or every > 1:
+            self.way = Way("average", average_cost(sizes, self.looked, sides[1], every))
+        else:
+            self.way = cheapest(sizes, self.looked, sides, isinstance(kind, Linear))
+
+    def gradient(self, kind: Map, g: Tensor, a: Tensor, weight: Tensor) -> Tensor | None:
+        """:meth:`__call__`, in the way that is chosen."""
+        settings, way = self.handle.settings, self.way.name
+        picks = sample(self.sizes.rows, self.looked, a.device)
         if self.handle.observing:
             self.learn("outputs", kind.output_rows(g, a, weight, picks))
             return None
         looks, self.raised = self.passes % settings["refresh_every"] == 0, False
         self.passes += 1
-        if settings["pooled"]:
+        if way == "pooled":
             self.add_to_pool(kind, kind.rows(g, a, weight, picks), weight)
             return kind.weight_gradient(g, a, weight)
-        if settings["decay"] is None and settings["refresh_every"] == 1:
-            self.way = cheapest(sizes, self.looked, kind.smaller_sides(sizes), isinstance(kind, Linear))
-            damping, way = settings["damping"], self.way.name
-            gradient, self.raised = condition(kind, g, a, weight, picks, damping, self.passes, way)
-        else:
-            smoothed = kind.smaller_sides(sizes)[1]
-            self.way = Way("average", average_cost(sizes, self.looked, smoothed, settings["refresh_every"]))
+        if way == "average":
             if looks:
                 self.learn("inputs", kind.rows(g, a, weight, picks))
             smoother = self.smoother("inputs", weight.device)
@@ -429,6 +435,8 @@ class ConditionedLayer(Layer):
                 gradient = kind.weight_gradient(g, a, weight)
             else:
                 gradient = kind.smoothed_gradient(g, a, weight, smoother)
+        else:
+            gradient, self.raised = condition(kind, g, a, weight, picks, settings["damping"], self.passes, way)
         if settings["output_damping"] is not None:
             if looks and not self.handle.sampled:
                 self.learn("outputs", kind.output_rows(g, a, weight, picks))
@@ -491,7 +499,6 @@ class ConditionedLayer(Layer):
                     "handle.condition_() before each step",
                 )
             self.pool, self.pool_rows = None, 0.0
-        self.way = Way("pooled", average_cost(self.sizes, self.looked, self.sizes.outputs, 1))
         self.kind, self.task = kind.plain(), task
         if bool(torch.isfinite(rows).all()):
             rows = single(rows)
