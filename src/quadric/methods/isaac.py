@@ -36,7 +36,7 @@ from quadric.tiles import Tiles
 __all__ = ["ISAAC", "InputMoment", "isaac", "relative"]
 
 TINY = {dtype: torch.finfo(dtype).tiny for dtype in (torch.float32, torch.float64)}
-LITTLE = 2**23  # multiplications and additions that take less time than a layer's bookkeeping
+LITTLE = 2**25  # multiplications and additions that take about as long as the bookkeeping of a layer
 INVERSE = 4  # a factorisation and inverse of k × k take as long as products of so many k³ multiplications and additions
 
 
