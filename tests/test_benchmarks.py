@@ -130,8 +130,8 @@ def test_overhead_tables(isaac_overhead, published, tmp_path, capsys):
         for name in (isaac_overhead.AGAIN, isaac_overhead.RELATIVE, isaac_overhead.ABSOLUTE):
             assert job["rows"][name]["time"] > 0
         assert job["rows"][isaac_overhead.AGAIN]["memory"] == 1
-    # Weight and gradient are there anyway; a matrix of the rows comes for a while.
-    assert 1 < results["1024x64"]["rows"][isaac_overhead.RELATIVE]["memory"] < 1.5
+    # Weight and gradient are there anyway; a matrix of the rows comes and goes before the latter.
+    assert 1 <= results["1024x64"]["rows"][isaac_overhead.RELATIVE]["memory"] < 1.5
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
