@@ -47,7 +47,7 @@ INVERSE = 4  # a factorisation and inverse of k × k take as long as products of
 class relative:
     r"""A damping in units of the mean square of a layer's inputs, :math:`\lambda = c\,\mathrm{tr}(a^\top a/B)/n`.
 
-    One value then serves layers of any width and scale.
+    One value then serves layers of any width and scale; the groups of a convolution share it.
 
     Args:
         share: c, positive, or a schedule of it over the number of passes.
@@ -190,10 +190,10 @@ def cheapest(sizes: Sizes, looked: int, sides: tuple[int, int], some: bool) -> W
 
 @lru_cache(maxsize=1024)
 def most_rows(sizes: Sizes, sides: tuple[int, int]) -> int | None:
-    """None, for all rows, where that costs little; otherwise the rows of which more brought nothing in trials."""
+    """None, for all rows, where they are a usual batch or cost little; otherwise as many as brought the same in trials."""
     groups, r, n, o = sizes
     exact = cheapest(sizes, r, sides, some=False).flops
-    return None if exact <= max(LITTLE, 6 * groups * r * n * o / 10) else 64
+    return None if r <= 512 or exact <= max(LITTLE, 6 * groups * r * n * o / 10) else 64
 
 
 def average_cost(sizes: Sizes, looked: int, smoothed: int, every: int) -> float:
@@ -618,7 +618,8 @@ def isaac(
         decay: factor of the past in an average of moments; None conditions by the batch alone.
         refresh_every: passes of a layer from one look at the moments to the next.
         max_rows: of more rows than these (tokens, positions) a random sample stands for all in the moments; None looks
-            at all, "auto" too where that costs less than a tenth of the layer or next to nothing, and otherwise at 64.
+            at all, "auto" too up to 512, and of more where that costs less than a tenth of the layer or next to
+            nothing, and otherwise at 64.
         pooled: one moment for all passes and all processes since the last step, met by the complete gradient: call
             ``handle.attach(optimizer)``. Otherwise each micro-batch and each replica is conditioned by its own inputs.
 
