@@ -190,7 +190,7 @@ def cheapest(sizes: Sizes, looked: int, sides: tuple[int, int], some: bool) -> W
 
 @lru_cache(maxsize=1024)
 def most_rows(sizes: Sizes, sides: tuple[int, int]) -> int | None:
-    """None, for all rows, where they are a usual batch or cost little; otherwise a number that did as well in trials."""
+    """None, for all rows, where they are a usual batch or cost little; otherwise a number that did as well."""
     groups, r, n, o = sizes
     exact = cheapest(sizes, r, sides, some=False).flops
     return None if r <= 512 or exact <= max(LITTLE, 6 * groups * r * n * o / 10) else 64
