@@ -145,6 +145,22 @@ def test_the_plan_of_a_batch_is_that_of_its_pass_and_touches_nothing():
     assert "known after" not in promised
 
 
+class Choosy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.layer(x) if x.sum() > 0 else -x
+
+
+def test_a_plan_without_gradients_and_of_a_model_that_wants_values():
+    with torch.no_grad():
+        assert " rows " in isaac(nn.Linear(3, 2)).plan(torch.ones(2, 3)).splitlines()[2]
+    with pytest.raises(RuntimeError, match="wants more than shapes .*: print the handle after a backward"):
+        isaac(Choosy()).plan(torch.ones(2, 3))
+
+
 def test_the_plan_shows_the_parts_of_an_attention_that_were_met():
     model = nn.ModuleDict({"attention": nn.MultiheadAttention(8, 2, batch_first=True), "head": nn.Linear(8, 2)})
     handle = isaac(model)

@@ -1006,6 +1006,11 @@ BAD = [
     ({"max_rows": 0}, "max_rows.*got 0"),
     ({"max_rows": -4}, "max_rows.*got -4"),
     ({"max_rows": 10.0}, r"max_rows.*got 10\.0"),
+    ({"max_rows": True}, "max_rows.*got True"),
+    ({"max_rows": "all"}, "max_rows.*got all"),
+    ({"damping": None}, "damping.*got None"),
+    ({"damping": "much"}, "damping.*got much"),
+    ({"damping": lambda passes: -2.0}, r"damping.*got -2\.0"),
     ({"output_damping": 1.0, "pooled": True}, r"output_damping.*got 1\.0"),
     ({"targets": "encoder"}, "'encoder' matches no weight"),
     ({"ignore": nn.Conv2d}, "Conv2d matches no weight"),
@@ -1019,6 +1024,25 @@ def test_bad_arguments_are_refused_with_their_value_and_a_remedy(make, given, sh
     with pytest.raises(ValueError, match=rf"{shown}.*: .+"):
         make(model, **given)
     assert "forward" not in vars(model[0])
+
+
+@pytest.mark.parametrize("make", [isaac, ISAAC])
+def test_the_parameters_are_not_the_model(make):
+    with pytest.raises(ValueError, match="got generator: pass it, not its parameters"):
+        make(nn.Linear(3, 2).parameters())
+
+
+def test_up_to_512_rows_the_default_is_the_formula():
+    """More are sampled where they cost much: here 513 rows of 300 features and one output."""
+    for rows, looked in ((512, 512), (513, 64)):
+        layer = nn.Linear(300, 1)
+        handle = isaac(layer)
+        layer(torch.randn(rows, 300)).sum().backward()
+        assert next(iter(handle.layers.values())).looked == looked
+    small = nn.Linear(16, 16)
+    handle = isaac(small)
+    small(torch.randn(2000, 16)).sum().backward()
+    assert next(iter(handle.layers.values())).looked == 2000
 
 
 @pytest.mark.parametrize("share", [0.0, -1.0, math.nan, math.inf])

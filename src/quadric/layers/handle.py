@@ -216,14 +216,28 @@ class Conditioning:
         Args:
             inputs: What the model is called with.
             named: The same, by name.
+
+        Raises:
+            RuntimeError: if the model's forward asks for values.
         """
-        copied, (targets, ignore, make) = copy.deepcopy(self.model).to("meta"), self._given
+
+        def shape_of(tensor: Tensor) -> Tensor:
+            return tensor.detach().to("meta").requires_grad_(tensor.requires_grad)
+
+        memo: dict[int, Any] = {id(p): nn.Parameter(shape_of(p), p.requires_grad) for p in self.model.parameters()}
+        memo |= {id(buffer): shape_of(buffer) for buffer in self.model.buffers()}
+        copied, (targets, ignore, make) = copy.deepcopy(self.model, memo), self._given
         handle = Conditioning(copied, self.settings, targets, ignore, make)
-        batch, options = tree_map_only(Tensor, lambda tensor: tensor.detach().to("meta"), (inputs, named))
-        outputs = [
-            out for out in tree_leaves(copied(*batch, **options)) if isinstance(out, Tensor) and out.requires_grad
-        ]
-        torch.autograd.backward(outputs, [torch.ones_like(out) for out in outputs])
+        batch, options = tree_map_only(Tensor, lambda tensor: shape_of(tensor).detach(), (inputs, named))
+        try:
+            with torch.enable_grad():
+                outputs = tree_leaves(copied(*batch, **options))
+        except (NotImplementedError, RuntimeError) as error:
+            raise RuntimeError(
+                f"the model wants more than shapes ({error}): print the handle after a backward"
+            ) from error
+        reached = [out for out in outputs if isinstance(out, Tensor) and out.requires_grad]
+        torch.autograd.backward(reached, [torch.ones_like(out) for out in reached])
         return str(handle)
 
     def __str__(self) -> str:

@@ -568,9 +568,11 @@ def check_settings(settings: dict[str, Any]) -> None:
     Raises:
         ValueError: if one is.
     """
-    for damping in (settings["damping"], settings["output_damping"]):
-        if damping is not None:
-            damping_at(damping, 1)
+    for name in ("damping", "output_damping"):
+        level = settings[name](1) if callable(settings[name]) else settings[name]
+        positive = isinstance(level, (int, float)) and 0 < level < math.inf
+        absent = name == "output_damping" and level is None
+        require(positive or absent, name, level, f"0 < {name} < ∞", "quadric.relative(1.0) is a start")
     InputMoment(1, decay=settings["decay"])
     every, most = settings["refresh_every"], settings["max_rows"]
     require(_count(every), "refresh_every", every, "refresh_every ≥ 1, an integer", "1 looks at every batch")
@@ -581,8 +583,19 @@ def check_settings(settings: dict[str, Any]) -> None:
     require(one_sided, "output_damping", other, "output_damping is None where pooled=True", "choose one of the two")
 
 
+def checked(model: Any) -> nn.Module:
+    """A model, and nothing else.
+
+    Raises:
+        ValueError: if it is something else, such as its parameters.
+    """
+    if not isinstance(model, nn.Module):
+        raise ValueError(f"model must be a torch.nn.Module, got {type(model).__name__}: pass it, not its parameters")
+    return model
+
+
 def _count(value: Any) -> bool:
-    return isinstance(value, int) and value >= 1
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
 
 
 def isaac(
@@ -647,7 +660,7 @@ def isaac(
         "pooled": pooled,
     }
     check_settings(settings)
-    return Conditioning(model, settings, targets, ignore, ConditionedLayer)
+    return Conditioning(checked(model), settings, targets, ignore, ConditionedLayer)
 
 
 # The optimizer.
@@ -751,7 +764,7 @@ class ISAAC(CurvatureOptimizer):
             "weight_decay": weight_decay,
             "maximize": maximize,
         }
-        super().__init__(model.parameters(), defaults)
+        super().__init__(checked(model).parameters(), defaults)
         self.handle = Conditioning(model, self.param_groups[0], targets, ignore, ConditionedLayer)
 
     def check(self, group: dict[str, Any]) -> None:  # noqa: D102
