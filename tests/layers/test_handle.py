@@ -157,7 +157,7 @@ class Choosy(nn.Module):
 def test_a_plan_without_gradients_and_of_a_model_that_wants_values():
     with torch.no_grad():
         assert " rows " in isaac(nn.Linear(3, 2)).plan(torch.ones(2, 3)).splitlines()[2]
-    with pytest.raises(RuntimeError, match="wants more than shapes .*: print the handle after a backward"):
+    with pytest.raises(RuntimeError, match=r"wants more than shapes .*: print the handle after a backward"):
         isaac(Choosy()).plan(torch.ones(2, 3))
 
 

@@ -1069,3 +1069,16 @@ def test_a_forgotten_model_is_freed():
     del model, handle
     gc.collect()
     assert seen() is None
+
+
+def test_a_pass_of_shapes_alone_leaves_nothing_behind():
+    options = {"allow_non_fake_inputs": True}
+    with torch._subclasses.fake_tensor.FakeTensorMode(**options):
+        fake = nn.Linear(33, 7)
+        quadric.isaac(fake, quadric.relative(1.0))
+        fake(torch.randn(17, 33)).sum().backward()
+        assert fake.weight.grad.shape == (7, 33)
+    real = nn.Linear(33, 7)
+    quadric.isaac(real, quadric.relative(1.0))
+    real(torch.randn(17, 33)).sum().backward()
+    assert bool(real.weight.grad.isfinite().all())

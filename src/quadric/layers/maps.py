@@ -257,34 +257,32 @@ class Convolution(Map):
 
     def _patches(self, image: Tensor, positions: torch.Size, reach: torch.Size, picks: Tensor | None) -> Tensor:
         # What the kernel sees at some positions, (groups, rows, channels of a group × kernel); no other is unfolded.
-        geometry = self.stride, self.padding, self.dilation
-        places, inside = _sight(tuple(image.shape[2:]), tuple(positions), tuple(reach), geometry, image.device)
         if picks is None:
-            picks = torch.arange(len(image) * len(places), device=image.device)
-        example, position = picks // len(places), picks % len(places)
-        seen = image.flatten(2)[example.unsqueeze(1), :, places[position]]  # (rows, kernel, channels)
-        if inside is not None:
-            seen = seen * inside[position].unsqueeze(-1)
+            picks = torch.arange(len(image) * math.prod(positions), device=image.device)
+        example, step = picks, 1
+        places: Tensor | None = None  # among the pixels of an image, (rows, kernel)
+        inside: Tensor | None = None
+        for axis in reversed(range(len(positions))):
+            line, example = example % positions[axis], example // positions[axis]
+            geometry = self.stride[axis], self.padding[axis], self.dilation[axis]
+            at, within = _sight(image.shape[2 + axis], positions[axis], reach[axis], geometry, image.device)
+            here, step = at[line] * step, step * image.shape[2 + axis]
+            places = here if places is None else (here.unsqueeze(2) + places.unsqueeze(1)).flatten(1)
+            inside = within[line] if inside is None else (within[line].unsqueeze(2) & inside.unsqueeze(1)).flatten(1)
+        seen = image.flatten(2)[example.unsqueeze(1), :, places]  # (rows, kernel, channels)
+        if any(self.padding) and inside is not None:
+            seen = seen * inside.unsqueeze(-1)
         return seen.mT.reshape(len(picks), self.groups, -1).movedim(1, 0)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=1024)
 def _sight(
-    size: tuple[int, ...],
-    positions: tuple[int, ...],
-    reach: tuple[int, ...],
-    geometry: tuple[tuple[int, ...], ...],
-    device: torch.device,
-) -> tuple[Tensor, Tensor | None]:
-    # The pixels that a kernel sees from each position, (positions, kernel), and which of them are not padding.
-    places, inside = torch.zeros(1, 1, dtype=torch.long), torch.ones(1, 1, dtype=torch.bool)
-    for axis, (stride, padding, dilation) in enumerate(zip(*geometry, strict=True)):
-        at = torch.arange(positions[axis])[:, None] * stride - padding + torch.arange(reach[axis]) * dilation
-        within = (at >= 0) & (at < size[axis])
-        at = at.clamp(0, size[axis] - 1)
-        places = (places[:, None, :, None] * size[axis] + at[None, :, None, :]).reshape(len(places) * len(at), -1)
-        inside = (inside[:, None, :, None] & within[None, :, None, :]).reshape(len(inside) * len(at), -1)
-    return places.to(device), None if bool(inside.all()) else inside.to(device)
+    size: int, positions: int, reach: int, geometry: tuple[int, int, int], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    # What a kernel sees along one axis from each position, (positions, reach), and which of it is not padding.
+    stride, padding, dilation = geometry
+    at = torch.arange(positions)[:, None] * stride - padding + torch.arange(reach) * dilation
+    return at.clamp(0, size - 1).to(device), ((at >= 0) & (at < size)).to(device)
 
 
 def _flat(x: Tensor) -> Tensor:
