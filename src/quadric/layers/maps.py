@@ -260,29 +260,27 @@ class Convolution(Map):
         if picks is None:
             picks = torch.arange(len(image) * math.prod(positions), device=image.device)
         example, step = picks, 1
-        places: Tensor | None = None  # among the pixels of an image, (rows, kernel)
-        inside: Tensor | None = None
+        places: Tensor | None = None  # among the pixels of an image, (rows, kernel); negative in the padding
         for axis in reversed(range(len(positions))):
             line, example = example % positions[axis], example // positions[axis]
-            geometry = self.stride[axis], self.padding[axis], self.dilation[axis]
-            at, within = _sight(image.shape[2 + axis], positions[axis], reach[axis], geometry, image.device)
-            here, step = at[line] * step, step * image.shape[2 + axis]
+            geometry = self.stride[axis], self.padding[axis], self.dilation[axis], step
+            here = _sight(image.shape[2 + axis], positions[axis], reach[axis], geometry, image.device)[line]
             places = here if places is None else (here.unsqueeze(2) + places.unsqueeze(1)).flatten(1)
-            inside = within[line] if inside is None else (within[line].unsqueeze(2) & inside.unsqueeze(1)).flatten(1)
-        seen = image.flatten(2)[example.unsqueeze(1), :, places]  # (rows, kernel, channels)
-        if any(self.padding) and inside is not None:
-            seen = seen * inside.unsqueeze(-1)
+            step *= image.shape[2 + axis]
+        flat = image.flatten(2)
+        if not any(self.padding):
+            seen = flat[example.unsqueeze(1), :, places]  # (rows, kernel, channels)
+        else:
+            seen = flat[example.unsqueeze(1), :, places.clamp_min(0)] * (places >= 0).unsqueeze(-1)  # pyright: ignore
         return seen.mT.reshape(len(picks), self.groups, -1).movedim(1, 0)
 
 
 @lru_cache(maxsize=1024)
-def _sight(
-    size: int, positions: int, reach: int, geometry: tuple[int, int, int], device: torch.device
-) -> tuple[Tensor, Tensor]:
-    # What a kernel sees along one axis from each position, (positions, reach), and which of it is not padding.
-    stride, padding, dilation = geometry
+def _sight(size: int, positions: int, reach: int, geometry: tuple[int, int, int, int], device: torch.device) -> Tensor:
+    # The pixels that a kernel sees along one axis from each position, (positions, reach); negative in the padding.
+    stride, padding, dilation, step = geometry
     at = torch.arange(positions)[:, None] * stride - padding + torch.arange(reach) * dilation
-    return at.clamp(0, size - 1).to(device), ((at >= 0) & (at < size)).to(device)
+    return torch.where((at >= 0) & (at < size), at * step, -(2**48)).to(device)
 
 
 def _flat(x: Tensor) -> Tensor:
