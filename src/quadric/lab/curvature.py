@@ -1,8 +1,6 @@
 """What ``quadric curvature`` does: get a model and a batch, verify every estimate on them, write it all down."""
 
-import importlib
 import platform
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
@@ -10,23 +8,19 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import safetensors.torch
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_map
 
 import quadric
 from quadric.lab import LabError, card, checkpoint
 from quadric.lab.display import Display
 from quadric.lab.models import build_model
-from quadric.lab.optimizers import find_entrant
-from quadric.lab.race import format_metric
+from quadric.lab.subjects import kind, made_by_user, put_weights, read_weights, refuse_lazy, told, trained
 from quadric.lab.tasks import Task
-from quadric.lab.train import Plan, Progress, epoch_order, evaluate, train, training_steps
+from quadric.lab.train import epoch_order
 
 UNITS = 1000  # of the progress bar, for everything after the training
-OPTIMIZER = "adamw"  # trains before the estimates are compared: they are strangers to it
 EXAMPLE = "return model, loss_fn, batch with loss_fn(model, batch) -> scalar loss"
 
 
@@ -90,10 +84,10 @@ def subject_of_task(
     network = build_model(model, task).to(device)
     state = "as initialised"
     if weights is not None:
-        load_weights(network, weights)
+        put_weights(network, read_weights(weights, "--weights"), "give the --task and --model of it")
         state = f"with the parameters of {weights}"
     elif epochs:
-        network, state = _trained(task, model, epochs, seed, device, display)
+        network, state = trained(task, model, epochs, seed, device, display)
     inputs, targets = task.train
     rows = epoch_order(seed, epochs, len(inputs))[:batch_size]
     batch = task.prepare(inputs[rows].to(device)), targets[rows].to(device)
@@ -107,51 +101,6 @@ def subject_of_task(
     )
 
 
-def _trained(
-    task: Task, model: str, epochs: int, seed: int, device: torch.device, display: Display
-) -> tuple[nn.Module, str]:
-    entrant = find_entrant(OPTIMIZER)
-    plan = Plan(OPTIMIZER, entrant.lr, {}, model, epochs, min(task.batch_size, len(task.train[0])), seed=seed)
-
-    def watch(progress: Progress, loss: float) -> bool:
-        return display.step(progress.step, f"loss {loss:.3f}")
-
-    steps = training_steps(task, task.batch_size, epochs)
-    display.begin(f"training, {entrant.name}", steps)
-    progress, network, _ = train(plan, task, device, watch=watch)
-    display.end(steps)
-    if progress.lost:
-        raise LabError(
-            f"the training was lost after step {progress.step}; use fewer --epochs or another --seed", code=1
-        )
-    metric = format_metric(task, evaluate(network, task.to(device))[1])
-    return network, f"after {epochs} {'epoch' if epochs == 1 else 'epochs'} of {entrant.name} (test {metric})"
-
-
-def load_weights(model: nn.Module, path: Path) -> None:
-    """Put parameters that ``quadric train`` wrote into a model.
-
-    Args:
-        model: The same network as the one that was trained.
-        path: ``model.safetensors``, ``checkpoint.pt``, or the folder of them.
-
-    Raises:
-        LabError: When there are none, or they are of another network.
-    """
-    file = path / "model.safetensors" if path.is_dir() else path
-    if not file.exists():
-        raise LabError(f"there is no {file}; give --weights the folder or file that quadric train wrote")
-    try:
-        state = checkpoint.load(file)["model"] if file.suffix == ".pt" else safetensors.torch.load_file(file)
-        model.load_state_dict(state)
-    except (OSError, KeyError, safetensors.SafetensorError) as error:
-        raise LabError(
-            f"{file} holds no parameters ({error}); give --weights a file that quadric train wrote"
-        ) from error
-    except RuntimeError as error:
-        raise LabError(f"the parameters in {file} are of another network; give the --task and --model of it") from error
-
-
 def subject_of_user(place: str, seed: int, device: torch.device) -> Subject:
     """What a function of the user's returns: ``module:function`` gives (model, loss_fn, batch).
 
@@ -163,26 +112,11 @@ def subject_of_user(place: str, seed: int, device: torch.device) -> Subject:
     Raises:
         LabError: When there is no such function, it fails, or it returns something else.
     """
-    module_name, _, function_name = place.partition(":")
-    if "" not in sys.path:
-        sys.path.insert(0, "")  # a console script does not look where the person stands
-    try:
-        module = importlib.import_module(module_name)
-    except (Exception, SystemExit) as error:  # whatever stands at the top of a person's module
-        raise LabError(f"--model {place}: cannot import {module_name} ({_told(error)}); put it right") from error
-    function = getattr(module, function_name, None)
-    if not callable(function):
-        raise LabError(f"--model {place}: {module_name} has no function {function_name!r}; it has to {EXAMPLE}")
-    torch.manual_seed(seed)
-    try:
-        made = function()
-    except (Exception, SystemExit) as error:  # the same of its function
-        raise LabError(f"--model {place}: the function fails ({_told(error)}); it has to {EXAMPLE}") from error
+    made = made_by_user(place, seed, EXAMPLE)
     if not isinstance(made, tuple) or len(made) != 3 or not isinstance(made[0], nn.Module) or not callable(made[1]):
-        raise LabError(f"--model {place}: the function returned {_kind(made)}; it has to {EXAMPLE}")
+        raise LabError(f"--model {place}: the function returned {kind(made)}; it has to {EXAMPLE}")
     model, loss_fn, batch = made
-    if any(is_lazy(p) for p in model.parameters()):
-        raise LabError(f"--model {place}: its lazy layers have no shape yet; call the model once before returning it")
+    refuse_lazy(place, model)
     model = model.to(device)
     batch = tree_map(lambda x: x.to(device) if isinstance(x, Tensor) else x, batch)
     parameters = sum(p.numel() for p in model.parameters())
@@ -230,7 +164,7 @@ def compare(subject: Subject, options: Options, display: Display, *, command: st
     except quadric.UnsupportedOperation as error:
         raise LabError(f"{subject.name}: {error}; on this command line: --fallback gauss_newton or zero") from error
     except Exception as error:  # the model and its loss are anybody's: whatever they raise is the answer
-        raise LabError(f"{subject.name}: {_told(error)}") from error
+        raise LabError(f"{subject.name}: {told(error)}") from error
     display.end(UNITS)
     device = next(subject.model.parameters()).device
     return {
@@ -264,13 +198,3 @@ def write(results: dict[str, Any], folder: Path, display: Display) -> Path:
     display.console.print(card.card_table(results, display.console.width))
     display.say(f"report: {page}")
     return page
-
-
-def _told(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _kind(value: Any) -> str:
-    if isinstance(value, tuple):
-        return f"({', '.join(type(part).__name__ for part in value)})"
-    return type(value).__name__

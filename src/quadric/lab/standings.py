@@ -119,7 +119,7 @@ def columns(results: dict[str, Any], ranked: Sequence[Standing]) -> list[Column]
     """
     metric, target = results["metric"], results["target"]
     means = [s.metric.mean for s in ranked if s.metric]
-    places = _places(means or [0.0], metric["unit"])
+    places = decimals(means or [0.0], metric["unit"])
     whole = [s.complete for s in ranked]
     higher = metric["higher_is_better"]
 
@@ -135,7 +135,7 @@ def columns(results: dict[str, Any], ranked: Sequence[Standing]) -> list[Column]
 
     metrics = [s.metric for s in ranked]
     cells = [
-        "–" if s.metric is None else _measure(s.metric, places) + share(s.metric.count, len(s.runs)) for s in ranked
+        "–" if s.metric is None else measured(s.metric, places) + share(s.metric.count, len(s.runs)) for s in ranked
     ]
     table = [
         Column("optimizer", "", [s.name for s in ranked]),
@@ -168,10 +168,10 @@ def verdict(results: dict[str, Any], ranked: Sequence[Standing]) -> tuple[str, s
     task, metric = printable(results["task"]), results["metric"]
     if not judged:
         return f"No run finished on {task}", f"All {sum(len(s.runs) for s in ranked)} runs diverged or failed."
-    places = _places([s.metric.mean for s in judged if s.metric], metric["unit"])
+    places = decimals([s.metric.mean for s in judged if s.metric], metric["unit"])
     first, second = judged[0], _opponent(judged[0], judged)
     assert first.metric is not None
-    said = f"{_measure(first.metric, places)}{unit_of(metric)} {printable(metric['name'])}".strip()
+    said = f"{measured(first.metric, places)}{unit_of(metric)} {printable(metric['name'])}".strip()
     if not first.complete:
         said += f" in {first.metric.count} of {len(first.runs)} seeds, the rest lost"
     if second is None:
@@ -179,14 +179,14 @@ def verdict(results: dict[str, Any], ranked: Sequence[Standing]) -> tuple[str, s
         return f"{first.name} {alone} on {task}", f"{first.name} {alone} and ended at {said}{_pace(results, ranked)}."
     assert second.metric is not None
     role = "the runner-up" if first.ours == second.ours else "the best rival" if first.ours else "the best of quadric’s"
-    theirs = f"{_measure(second.metric, places)}{unit_of(metric)}"
+    theirs = f"{measured(second.metric, places)}{unit_of(metric)}"
     if first.complete and not second.complete:
         role += f", which lost {len(second.runs) - second.metric.count} of {len(second.runs)} seeds"
         if (second.metric.mean > first.metric.mean) == metric["higher_is_better"]:
             text = f"{first.name} finished every seed and ended at {said}; "
             text += f"{second.name}, {role}, ended at {theirs} in the others"
             return f"No clear winner on {task}", f"{text}{_pace(results, ranked)}."
-    gap, noise = abs(first.metric.mean - second.metric.mean), _noise(first.metric, second.metric)
+    gap, noise = abs(first.metric.mean - second.metric.mean), noise_of_difference(first.metric, second.metric)
     gap = gap if gap > 1e-6 * abs(first.metric.mean) else 0.0  # means of equal numbers differ by their rounding
     apart = f"{_difference(gap, places)}{' points' if metric['unit'] == '%' else unit_of(metric)}"
     if noise is None:
@@ -198,9 +198,9 @@ def verdict(results: dict[str, Any], ranked: Sequence[Standing]) -> tuple[str, s
     elif gap > noise:
         # Who beat the other side may still be level with a companion of its own.
         level = [s.name for s in judged[1:] if s.complete and s.ours == first.ours and _level(first.metric, s.metric)]
-        headline = f"{_listed([first.name, *level])} {'lead' if level else 'wins'} on {task}"
+        headline = f"{listed([first.name, *level])} {'lead' if level else 'wins'} on {task}"
         text = f"{first.name} {'ended first' if level else 'won'} with {said}, "
-        text += f"level with {_listed(level)} within the seeds’ spread, but " if level else ""
+        text += f"level with {listed(level)} within the seeds’ spread, but " if level else ""
         text += (
             f"{apart} better than {second.name}, {role}, "
             f"which is more than the {'' if level else 'seeds’ '}spread ({_difference(noise, places)})"
@@ -293,16 +293,26 @@ def _opponent(first: Standing, judged: Sequence[Standing]) -> Standing | None:
     return next((s for s in others if s.ours != first.ours), others[0] if others else None)
 
 
-def _noise(a: Spread, b: Spread) -> float | None:
+def noise_of_difference(a: Spread, b: Spread) -> float | None:
+    """The spread √(σ₁² + σ₂²) that a difference of means has by luck; None where a single seed shows none.
+
+    >>> noise_of_difference(Spread(2.0, 3.0, 2), Spread(1.0, 4.0, 2))
+    5.0
+    """
     return None if a.std is None or b.std is None else math.hypot(a.std, b.std)
 
 
-def _listed(names: Sequence[str]) -> str:
+def listed(names: Sequence[str]) -> str:
+    """Names as a sentence has them.
+
+    >>> listed(["a"]), listed(["a", "b", "c"])
+    ('a', 'a, b and c')
+    """
     return " and ".join(filter(None, [", ".join(names[:-1]), names[-1]]))
 
 
 def _level(a: Spread, b: Spread | None) -> bool:
-    noise = None if b is None else _noise(a, b)
+    noise = None if b is None else noise_of_difference(a, b)
     return b is not None and noise is not None and abs(a.mean - b.mean) <= noise
 
 
@@ -333,7 +343,7 @@ def _pace(results: dict[str, Any], ranked: Sequence[Standing]) -> str:
     tied = _level(first.reached, second.reached)
     front = [first, *([second] if tied else [])]
     front += [s for s in quick[1:] if s is not second and s.ours == first.ours and _level(first.reached, s.reached)]
-    names, times = _listed([s.name for s in front]), f"{_listed([_mean(s.reached) for s in front])} s"
+    names, times = listed([s.name for s in front]), f"{listed([_mean(s.reached) for s in front])} s"
     if tied:
         return f"; {names} were equally quick to {goal(results)} within the spread ({times}){among}"
     if first.ours == second.ours:
@@ -344,13 +354,22 @@ def _pace(results: dict[str, Any], ranked: Sequence[Standing]) -> str:
     return f"; {names} {'were' if len(front) > 1 else 'was'} quickest to {goal(results)} ({times}){among}"
 
 
-def _places(values: Sequence[float], unit: str) -> int:
-    # Decimals shared by a column: hundredths of a per cent, else four significant digits of the middle value.
+def decimals(values: Sequence[float], unit: str) -> int:
+    """Decimals shared by a column: hundredths of a per cent, else four significant digits of the middle value.
+
+    >>> decimals([91.43, 10.0], "%"), decimals([0.3817, 2.3], ""), decimals([1234.5], "")
+    (2, 3, 0)
+    """
     middle = median(abs(v) for v in values)
     return 2 if unit == "%" or middle == 0 else min(6, max(0, 3 - math.floor(math.log10(middle))))
 
 
-def _measure(spread: Spread, places: int) -> str:
+def measured(spread: Spread, places: int) -> str:
+    """A mean with so many decimals, and its spread behind it.
+
+    >>> measured(Spread(91.432, 0.051, 3), 2), measured(Spread(0.5, None, 1), 1)
+    ('91.43 ± 0.05', '0.5')
+    """
     if abs(spread.mean) >= 1:  # far larger than its column: no digits that mean nothing
         places = min(places, max(0, 4 - math.floor(math.log10(abs(spread.mean)))))
     return f"{spread.mean:.{places}f}" + ("" if spread.std is None else f" ± {spread.std:.{places}f}")
