@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from oracles import block_means, dense_power, low_rank_power, spans
 from quadric import BlockMean, Dense, Diagonal, GradientWindow, LowRank
 from quadric.matrix import Groups, cholesky
+from quadric.tiles import Tiles
 
 few = settings(deadline=None, max_examples=20)
 POWERS = [-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0, -0.3, 1.7, 3]
@@ -434,3 +435,84 @@ def test_a_matrix_of_a_window_that_has_moved_on_refuses():
 def test_spans_of_the_oracle():
     assert spans(5, 2) == [(0, 2), (2, 4), (4, 5)]
     assert spans(5) == [(0, 5)]
+
+
+# Parts of a matrix: what pruning asks of it.
+
+
+def check_parts(matrix, seed, tolerance=1e-8):
+    """Restriction, completion and multipliers against the dense matrix; a unit may hold any coordinates."""
+    draw, dense = generator(seed), matrix.to_dense().double()
+    dim, kept = matrix.dim, torch.rand(matrix.dim, generator=draw) < 0.6
+    v = torch.randn(dim, dtype=torch.float64, generator=draw)
+    expected = torch.zeros_like(dense)
+    expected[kept.outer(kept)] = dense[kept.outer(kept)]
+    for restricted in (matrix.restrict(kept), matrix.restrict(torch.ones_like(kept)).restrict(kept)):
+        inside = restricted.to_dense().double()
+        assert bool((inside.diagonal() > 0).all())
+        close(torch.where(kept.outer(kept), inside, 0), expected, tolerance)
+        assert float((inside.fill_diagonal_(0) * ~kept.outer(kept)).abs().max()) < 1e-12
+        inverse = torch.linalg.inv(dense[kept][:, kept])
+        close(restricted.inverse_diagonal()[kept], inverse.diagonal(), tolerance) if bool(kept.any()) else None
+
+    answer = matrix.complete(v, ~kept)
+    best = -torch.linalg.solve(dense[kept][:, kept], dense[kept][:, ~kept] @ v[~kept])
+    close(answer[~kept], v[~kept], 0) if not bool(kept.all()) else None
+    if bool(kept.any()):
+        assert float((answer[kept] - best).abs().max()) <= tolerance * max(1.0, float(best.abs().max()))
+
+    inverse = torch.linalg.inv(dense)
+    for size in {1, min(2, dim), dim}:
+        units = torch.randperm(dim, generator=draw)[: dim // size * size].view(-1, size)
+        units[0, size // 2 + 1 :] = -1
+        found = matrix.multipliers(v, units)
+        for unit, multipliers in zip(units, found, strict=True):
+            u = unit[unit >= 0]
+            close(multipliers[: len(u)], torch.linalg.solve(inverse[u][:, u], v[u]), 100 * tolerance)
+            assert not multipliers[len(u) :].any()
+
+
+@few
+@given(low_ranks(), st.integers(0, 99), st.integers(1, 5))
+def test_parts_of_low_rank(case, seed, width):
+    rows, damping, block_size = case
+    check_parts(LowRank(rows, damping, block_size=block_size), seed, 1e-6)
+    whole = Tiles([rows.shape[1]], width)  # one block in several tiles, its columns scaled
+    columns = torch.rand(whole.count, whole.width, dtype=torch.float64, generator=generator(seed)) + 0.5
+    check_parts(LowRank.of_tiles(whole.cut(whole.pad(rows)), whole, damping, 0.5, columns), seed, 1e-6)
+
+
+@few
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(0, 99))
+def test_parts_of_dense_and_diagonal(blocks, n, seed):
+    rows = torch.randn(blocks, n + 1, n, dtype=torch.float64, generator=generator(seed))
+    check_parts(Dense(rows.mT @ rows, 0.1), seed)
+    check_parts(Diagonal(torch.rand(blocks * n, dtype=torch.float64, generator=generator(seed)) + 0.1), seed)
+
+
+@few
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=9), st.integers(0, 99))
+def test_parts_of_block_means(labels, seed):
+    _, labels = torch.unique(torch.tensor(labels), return_inverse=True)
+    count = int(labels.max()) + 1
+    rows = torch.randn(count + 2, count, dtype=torch.float64, generator=generator(seed))
+    coupling = rows.mT @ rows
+    traces = coupling.diagonal() * (1 + torch.bincount(labels))
+    groups = Groups(labels)
+    assert torch.equal(groups.labels, labels)
+    check_parts(BlockMean(groups, coupling, traces, damping=0.1), seed)
+
+
+def test_units_of_more_coordinates_than_rows_in_several_blocks():
+    """Each unit lies within one block, as pruning cuts them; one factor for each block."""
+    rows = torch.randn(2, 12, dtype=torch.float64, generator=generator(5))
+    matrix = LowRank(rows, 0.1, block_size=6)
+    inverse = torch.linalg.inv(matrix.to_dense())
+    v = torch.randn(12, dtype=torch.float64, generator=generator(6))
+    units = torch.tensor([[6, 7, 8, 11], [0, 2, 4, -1], [9, 10, -1, -1]])
+    for kept in (torch.ones(12, dtype=torch.bool), torch.arange(12) != 3):
+        restricted = matrix.restrict(kept)
+        inverse = torch.linalg.inv(restricted.to_dense())
+        for unit, found in zip(units, restricted.multipliers(v, units), strict=True):
+            u = unit[unit >= 0]
+            close(found[: len(u)], torch.linalg.solve(inverse[u][:, u], v[u]), 1e-9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -60,6 +60,58 @@ class PSDMatrix(ABC):
     @abstractmethod
     def logdet(self) -> Tensor:
         """The logarithm of the determinant, a scalar."""
+
+    @abstractmethod
+    def restrict(self, kept: Tensor) -> PSDMatrix:
+        """The matrix of some coordinates alone; the others stay, coupled with nothing.
+
+        Args:
+            kept: which coordinates, ``(dim,)`` booleans. What is on the diagonal of the others is left to the class.
+        """
+
+    def complete(self, v: Tensor, fixed: Tensor) -> Tensor:
+        r"""The x that agrees with v where ``fixed`` is set and has the least :math:`x^\top G x`, ``(dim,)``.
+
+        With F the fixed and S the other coordinates, :math:`x_S = -G_{SS}^{-1} G_{SF} v_F`: the mean of a normal
+        variable of precision G, given some of its entries.
+
+        Args:
+            v: a vector, ``(dim,)``.
+            fixed: ``(dim,)`` booleans.
+        """
+        given = torch.where(fixed, v, 0)
+        pull = torch.where(fixed, 0, self.apply(given))
+        return torch.where(fixed, given, -self.restrict(~fixed).solve(pull))
+
+    def multipliers(self, v: Tensor, units: Tensor) -> Tensor:
+        r"""What it takes to hold each unit of coordinates at the values of v, ``(n, size)``.
+
+        For a unit u alone these are the Lagrange multipliers :math:`c = [G^{-1}]_{uu}^{-1} v_u` of the least
+        :math:`\frac12 x^\top G x` with :math:`x_u = v_u`: the minimum is :math:`\frac12 v_u^\top c`, and it is reached
+        at the columns of the inverse added up, :math:`x = G^{-1}_{:,u}\, c`.
+
+        Args:
+            v: a vector, ``(dim,)``.
+            units: coordinates of each unit, ``(n, size)`` integers; −1 where a unit is shorter.
+        """
+        values = torch.where(units >= 0, v[units.clamp_min(0)], 0)
+        if units.shape[1] == 1:
+            return values / self.inverse_diagonal()[units.clamp_min(0)]
+        blocks = self.inverse_blocks(units)
+        blocks = blocks + torch.diag_embed((units < 0).to(blocks.dtype))
+        return torch.linalg.solve(blocks, values.to(blocks.dtype)).to(torch.promote_types(v.dtype, self.dtype))
+
+    def inverse_blocks(self, units: Tensor) -> Tensor:
+        """The entries of the inverse within each unit, ``(n, size, size)``; zeros beside a −1.
+
+        Here by a solve for every coordinate of every unit: for small dimensions, where a class knows nothing better.
+
+        Args:
+            units: coordinates, ``(n, size)`` integers; −1 where a unit is shorter.
+        """
+        eye = torch.eye(self.dim, dtype=self.dtype, device=self.device)
+        columns = self.solve(eye[units.clamp_min(0)])
+        return _within_units(columns.gather(-1, units.clamp_min(0).unsqueeze(1).expand(-1, units.shape[1], -1)), units)
 
     def solve(self, v: Tensor) -> Tensor:
         """The solution x of ``G x = v``."""
@@ -132,6 +184,12 @@ class Diagonal(PSDMatrix):
     def logdet(self) -> Tensor:  # noqa: D102
         return self.values.log().sum()
 
+    def restrict(self, kept: Tensor) -> Diagonal:  # noqa: D102
+        return self
+
+    def inverse_blocks(self, units: Tensor) -> Tensor:  # noqa: D102
+        return _within_units(torch.diag_embed(self.inverse_diagonal()[units.clamp_min(0)]), units)
+
 
 class Dense(PSDMatrix):
     r"""A small matrix as it is, :math:`G = \lambda I + M`, or several of them along the diagonal.
@@ -183,11 +241,21 @@ class Dense(PSDMatrix):
     def diagonal(self, power: float = 1.0) -> Tensor:  # noqa: D102
         if power == 1:
             return (self.values.diagonal(dim1=1, dim2=2) + self.damping).reshape(-1).to(self.dtype)
+        if power == -1:
+            return torch.cholesky_inverse(self._factor).diagonal(dim1=1, dim2=2).reshape(-1).to(self.dtype)
         values, vectors = self._spectrum
         return (vectors.square() @ values.pow(power).unsqueeze(-1)).reshape(-1).to(self.dtype)
 
     def logdet(self) -> Tensor:  # noqa: D102
         return 2 * self._factor.diagonal(dim1=1, dim2=2).abs().log().sum().to(self.dtype)
+
+    def restrict(self, kept: Tensor) -> Dense:  # noqa: D102
+        sides = kept.view(self.values.shape[:2])
+        return Dense(self.values * sides.unsqueeze(1) * sides.unsqueeze(2), self.damping)
+
+    def inverse_blocks(self, units: Tensor) -> Tensor:  # noqa: D102
+        n = self.values.shape[1]
+        return _blocks_of(torch.cholesky_inverse(self._factor), units.clamp_min(0), n, units).to(self.dtype)
 
 
 class LowRank(PSDMatrix):
@@ -231,7 +299,9 @@ class LowRank(PSDMatrix):
         self._build(tiles.cut(tiles.pad(rows.detach())).clone(), tiles, damping, weight=1.0)
 
     @classmethod
-    def of_tiles(cls, rows: Tensor, tiles: Tiles, damping: float, weight: float = 1.0) -> LowRank:
+    def of_tiles(
+        cls, rows: Tensor, tiles: Tiles, damping: float, weight: float = 1.0, columns: Tensor | None = None
+    ) -> LowRank:
         """The matrix ``damping·I + weight·rowsᵀ rows`` of rows already cut into tiles: shared, not copied.
 
         Args:
@@ -239,13 +309,15 @@ class LowRank(PSDMatrix):
             tiles: the cut of the columns; each of its blocks has a matrix of its own.
             damping: λ, positive.
             weight: scale of the squares, for instance one over the number of rows for their mean.
+            columns: a factor for each column of the rows, ``(tiles, width)``; None for ones.
         """
         self = cls.__new__(cls)
-        self._build(rows, tiles, damping, weight)
+        self._build(rows, tiles, damping, weight, columns)
         return self
 
-    def _build(self, rows: Tensor, tiles: Tiles, damping: float, weight: float) -> None:
+    def _build(self, rows: Tensor, tiles: Tiles, damping: float, weight: float, columns: Tensor | None = None) -> None:
         self._stored, self._version, self._tiles = rows, _version(rows), tiles
+        self._columns = None if columns is None else columns.to(wide(rows))
         self.damping, self.weight = positive_damping(damping), float(weight)
         self.dim, self.device = tiles.dim, rows.device
         self.dtype = torch.promote_types(rows.dtype, torch.float32)
@@ -260,7 +332,8 @@ class LowRank(PSDMatrix):
     @property
     def rows(self) -> Tensor:
         """R, ``(rank, dim)``, with the weight inside: a copy."""
-        return self._flat(self._rows.to(self.dtype) * self.weight**0.5)
+        rows = self._scaled(self._rows.to(self.dtype) * self.weight**0.5)
+        return self._flat(rows.to(self.dtype))
 
     @property
     def _rows(self) -> Tensor:
@@ -270,10 +343,21 @@ class LowRank(PSDMatrix):
             )
         return self._stored
 
+    def _slabs(self) -> Iterator[Tensor]:
+        """The rows in double precision, a cacheful at a time; each overwrites the one before."""
+        step, converted = slab_tiles(self._rows), slabs(self._rows, wide(self._rows))
+        if self._columns is None:
+            return converted
+        return (slab.mul_(c.unsqueeze(1)) for slab, c in zip(converted, self._columns.split(step), strict=True))
+
+    def _scaled(self, x: Tensor) -> Tensor:
+        """Tiles ``(tiles, ..., width)`` times the factors of the columns."""
+        return x if self._columns is None else x * self._columns.unsqueeze(1)
+
     @cached_property
     def _gram(self) -> Tensor:
         """``weight·R Rᵀ`` of each block."""
-        parts = [slab @ slab.mT for slab in slabs(self._rows, wide(self._rows))]
+        parts = [slab @ slab.mT for slab in self._slabs()]
         return self.weight * self._tiles.total(torch.cat(parts))
 
     @cached_property
@@ -284,7 +368,7 @@ class LowRank(PSDMatrix):
         # By QR of the rows on top of √λ I: RᵀR itself would square their condition number.
         double, width = wide(self._rows), self._tiles.width
         floor = self.damping**0.5 * torch.eye(width, dtype=double, device=self.device)
-        scaled = (self.weight**0.5 * slab for slab in slabs(self._rows, double))
+        scaled = (self.weight**0.5 * slab for slab in self._slabs())
         stacked = (torch.cat([rows, floor.expand(len(rows), width, width)], 1) for rows in scaled)
         return torch.cat([torch.linalg.qr(rows).R.mT for rows in stacked])
 
@@ -294,7 +378,7 @@ class LowRank(PSDMatrix):
         if not self._inner:
             values, vectors = torch.linalg.eigh(self._gram)
             return values.clamp_min(0), vectors
-        parts = [torch.linalg.svd(slab, full_matrices=False) for slab in slabs(self._rows, wide(self._rows))]
+        parts = [torch.linalg.svd(slab, full_matrices=False) for slab in self._slabs()]
         values = torch.cat([singular for _, singular, _ in parts]).square()
         return self.weight * values, torch.cat([rows for _, _, rows in parts]).mT
 
@@ -307,7 +391,7 @@ class LowRank(PSDMatrix):
         if self._inner and power != 1:
             x = torch.cholesky_solve(x.mT, self._factor).mT if power == -1 else x @ self._dense_power(power)
         else:
-            inner = tiles.total(project(rows, x))  # (blocks, vectors, rank)
+            inner = tiles.total(project(rows, self._scaled(x)))  # (blocks, vectors, rank)
             if power == 1:
                 base, inner = self.damping, inner * self.weight
             elif power == -1:
@@ -317,7 +401,7 @@ class LowRank(PSDMatrix):
                 values, vectors = self._spectrum
                 base = self.damping**power
                 inner = (inner @ vectors * self._gain(values, power).unsqueeze(1)) @ vectors.mT
-            x = base * x + combine(tiles.spread(inner).contiguous(), rows)
+            x = base * x + self._scaled(combine(tiles.spread(inner).contiguous(), rows))
             x = x / self.damping if power == -1 else x
         return self._flat(x).reshape(v.shape).to(torch.promote_types(v.dtype, self.dtype))
 
@@ -339,9 +423,7 @@ class LowRank(PSDMatrix):
         elif power == 1:
             x = self.damping + self.weight * self._column_squares(None)
         elif power == -1:
-            eye = torch.eye(self.rank, dtype=self._factor.dtype, device=self.device)
-            inverse = torch.linalg.solve_triangular(self._factor, eye, upper=False)
-            x = (1 - self.weight * self._column_squares(inverse)) / self.damping
+            x = (1 - self.weight * self._column_squares(self._inverse_factor)) / self.damping
         else:
             values, vectors = self._spectrum
             gain = self._gain(values, power)  # all of one sign, that of the power
@@ -352,16 +434,121 @@ class LowRank(PSDMatrix):
 
     def _column_squares(self, mixing: Tensor | None) -> Tensor:
         """The squared lengths of the columns of ``mixing @ R``, ``(tiles, width)``."""
-        converted = slabs(self._rows, wide(self._rows))
         if mixing is None:
-            return torch.cat([slab.square().sum(1) for slab in converted])
+            return torch.cat([slab.square().sum(1) for slab in self._slabs()])
         mixings = self._tiles.spread(mixing).split(slab_tiles(self._rows))
-        return torch.cat([(m @ slab).square().sum(1) for m, slab in zip(mixings, converted, strict=True)])
+        return torch.cat([(m @ slab).square().sum(1) for m, slab in zip(mixings, self._slabs(), strict=True)])
+
+    @cached_property
+    def _inverse_factor(self) -> Tensor:
+        eye = torch.eye(self.rank, dtype=self._factor.dtype, device=self.device)
+        return torch.linalg.solve_triangular(self._factor, eye, upper=False)
+
+    def restrict(self, kept: Tensor) -> LowRank:
+        """The matrix of some coordinates alone, λ on the diagonal of the others; the rows are shared.
+
+        Args:
+            kept: which coordinates, ``(dim,)`` booleans.
+        """
+        columns = self._tiles.cut(self._tiles.pad(kept.to(wide(self._rows))))
+        columns = columns if self._columns is None else columns * self._columns
+        return LowRank.of_tiles(self._rows, self._tiles, self.damping, self.weight, columns)
+
+    def complete(self, v: Tensor, fixed: Tensor) -> Tensor:
+        r"""As in the base, with :math:`x_S = -R_S^\top (\lambda I + R_S R_S^\top)^{-1} R_F v_F`: nothing cancels.
+
+        Args:
+            v: a vector, ``(dim,)``.
+            fixed: ``(dim,)`` booleans.
+        """
+        if self._inner:
+            return super().complete(v, fixed)
+        tiles, rest = self._tiles, self.restrict(~fixed)
+        given = torch.where(fixed, v, 0)
+        x = tiles.cut(tiles.pad(given.to(wide(self._rows)))).unsqueeze(1)  # (tiles, 1, width)
+        pull = tiles.total(project(self._rows, self._scaled(x)))  # (blocks, 1, rank)
+        weights = torch.cholesky_solve(pull.mT, rest._factor).mT * -self.weight
+        answer = rest._scaled(combine(tiles.spread(weights).contiguous(), self._rows))
+        answer = self._flat(answer).flatten().to(torch.promote_types(v.dtype, self.dtype))
+        return torch.where(fixed, given, answer)
+
+    def multipliers(self, v: Tensor, units: Tensor) -> Tensor:
+        r"""As in the base; of units with more coordinates than there are rows by a small matrix of the rows.
+
+        With :math:`Z = K^{-1/2} R_u`, :math:`[G^{-1}]_{uu}^{-1} = \lambda (I + Z^\top (I - Z Z^\top)^{-1} Z)`.
+
+        Args:
+            v: a vector, ``(dim,)``.
+            units: coordinates of each unit, ``(n, size)`` integers; −1 where a unit is shorter.
+        """
+        if units.shape[1] <= self.rank or self._inner or not self._one_factor_each(units):
+            return super().multipliers(v, units)
+        values = torch.where(units >= 0, v[units.clamp_min(0)], 0).to(wide(self._rows))
+        eye = torch.eye(self.rank, dtype=values.dtype, device=self.device)
+        found = torch.empty_like(values)
+        for part, z in self._unit_columns(units):
+            inner = eye - self.weight * z.mT @ z
+            pushed = torch.linalg.solve(inner, (values[part].unsqueeze(1) @ z).mT)
+            found[part] = self.damping * (values[part] + self.weight * (z @ pushed).squeeze(-1))
+        return found.to(torch.promote_types(v.dtype, self.dtype))
+
+    def inverse_blocks(self, units: Tensor) -> Tensor:
+        """The entries of the inverse within each unit, ``(n, size, size)``; zeros beside a −1.
+
+        Args:
+            units: coordinates of each unit, ``(n, size)`` integers; −1 where a unit is shorter.
+        """
+        if self._inner:
+            return _blocks_of(self._dense_power(-1.0), self._places[units.clamp_min(0)], self._tiles.width, units).to(
+                self.dtype
+            )
+        if not self._one_factor_each(units):
+            return super().inverse_blocks(units)
+        n, size = units.shape
+        found = torch.empty(n, size, size, dtype=wide(self._rows), device=self.device)
+        eye = torch.eye(size, dtype=found.dtype, device=self.device)
+        for part, z in self._unit_columns(units):
+            found[part] = (eye - self.weight * z @ z.mT) / self.damping
+        return _within_units(found, units).to(self.dtype)
 
     def logdet(self) -> Tensor:  # noqa: D102
         factors = 2 * self._factor.diagonal(dim1=1, dim2=2).abs().log().sum()
         counted = self._factor.shape[0] * self._factor.shape[1]
         return (factors + (self.dim - counted) * math.log(self.damping)).to(self.dtype)
+
+    def _one_factor_each(self, units: Tensor) -> bool:
+        """Whether each unit lies in one block and, where there are several, in one tile."""
+        if len(self._tiles.sizes) == 1:
+            return True
+        tile = self._places[units.clamp_min(0)] // self._tiles.width
+        return self._tiles.one_each and bool(((tile == tile[:, :1]) | (units < 0)).all())
+
+    @cached_property
+    def _places(self) -> Tensor:
+        """Where each coordinate is among the padded ones."""
+        return self._tiles.pad(torch.ones(self.dim, dtype=torch.bool, device=self.device)).nonzero().flatten()
+
+    def _unit_columns(self, units: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Some units at a time with their columns of ``K^(-1/2) R``, ``(some, size, rank)``; zeros where −1 stands."""
+        width, rows = self._tiles.width, self._rows
+        places = self._places[torch.where(units >= 0, units, units[:, :1])]  # where a unit is shorter: any of its own
+        tile, offset, live = places // width, places % width, (units >= 0).unsqueeze(-1)
+        if len(self._tiles.sizes) == 1:  # one factor: units of any tiles go together
+            some = max(1, 2**22 // max(1, units.shape[1] * self.rank))
+            for part in torch.arange(len(units), device=self.device).split(some):
+                columns = rows[tile[part], :, offset[part]].to(wide(rows))  # (some, size, rank)
+                if self._columns is not None:
+                    columns *= self._columns[tile[part], offset[part]].unsqueeze(-1)
+                yield part, columns * live[part] @ self._inverse_factor[0].mT
+            return
+        step, order = slab_tiles(rows), torch.argsort(tile[:, 0], stable=True)
+        starts = torch.arange(0, self._tiles.count, step, device=self.device)
+        bounds = torch.searchsorted(tile[order, 0].contiguous(), starts)
+        parts = torch.tensor_split(order, bounds[1:].cpu())
+        mixings = self._inverse_factor.split(step)
+        for start, part, mixing, slab in zip(starts, parts, mixings, self._slabs(), strict=True):
+            if len(part):
+                yield part, (mixing @ slab)[tile[part] - start, :, offset[part]] * live[part]
 
 
 class Groups:
@@ -419,6 +606,14 @@ class Groups:
         self._several, self._others = sizes > 1, (sizes - 1).clamp_min(1)
         self.dim, self.count = int(sizes.sum()), len(sizes)
         self._order = self._by_size = self._place = None
+
+    @property
+    def labels(self) -> Tensor:
+        """The group of every coordinate, ``(dim,)``."""
+        numbers = torch.arange(self.count, device=self.sizes.device)
+        numbers = numbers if self._by_size is None else self._by_size
+        ordered = numbers.repeat_interleave(self.sizes[numbers])
+        return ordered if self._order is None else torch.empty_like(ordered).index_copy_(0, self._order, ordered)
 
     def sum(self, v: Tensor) -> Tensor:
         """Sums over each group, ``(..., dim)`` to ``(..., L)``."""
@@ -548,7 +743,9 @@ class BlockMean(PSDMatrix):
             if bool(values[0] <= noise) or not bool(self._within.min() > 0):
                 raise ValueError(f"power {power} of a singular matrix with damping 0.0: give it a positive damping")
         if power == 1:
-            across = self._coupling + self.damping * torch.eye(self.groups.count, device=self.device)
+            across = self._coupling + self.damping * torch.eye(
+                self.groups.count, dtype=self._coupling.dtype, device=self.device
+            )
         elif power == -1:
             across = torch.cholesky_inverse(cholesky(self._coupling, self.damping))
         else:
@@ -569,6 +766,25 @@ class BlockMean(PSDMatrix):
     def logdet(self) -> Tensor:  # noqa: D102
         return (((self._sizes - 1) * self._within.log()).sum() + self._spectrum[0].log().sum()).to(self.dtype)
 
+    def restrict(self, kept: Tensor) -> BlockMean:
+        """The matrix of some coordinates alone, 1 + δ on the diagonal of the others, which become one more group.
+
+        Args:
+            kept: which coordinates, ``(dim,)`` booleans.
+        """
+        count = self.groups.count
+        labels = torch.where(kept, self.groups.labels, count)
+        members = torch.bincount(labels, minlength=count + 1)
+        share = members[:count] / self._sizes
+        within = self._within - self.damping
+        coupling = self._coupling * (share.unsqueeze(0) * share.unsqueeze(1)).sqrt()
+        coupling.diagonal().copy_(within + share * (self._coupling.diagonal() - within))
+        traces = coupling.diagonal() + (members[:count] - 1) * within
+        coupling = torch.block_diag(coupling, torch.ones_like(coupling[:1, :1]))
+        traces = torch.cat([traces, members[count:].to(traces)])
+        left, labels = torch.unique(labels, return_inverse=True)
+        return BlockMean(labels, coupling[left][:, left], traces[left], self.damping, dtype=self.dtype)
+
 
 class _Product(torch.autograd.Function):
     """``G**power @ v`` with its derivative in v: the same product, because G is symmetric."""
@@ -581,6 +797,19 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
         return ctx.matrix.apply(gradients[0], ctx.power), None, None
+
+
+def _blocks_of(inverse: Tensor, places: Tensor, width: int, units: Tensor) -> Tensor:
+    """Entries of the blocks ``(blocks, width, width)`` of an inverse at the places of each unit."""
+    block, offset = places // width, places % width
+    found = inverse[block.unsqueeze(2), offset.unsqueeze(2), offset.unsqueeze(1)]
+    return _within_units(found * (block.unsqueeze(2) == block.unsqueeze(1)), units)
+
+
+def _within_units(blocks: Tensor, units: Tensor) -> Tensor:
+    """Blocks of units, ``(n, size, size)``, with zeros beside each −1."""
+    live = units >= 0
+    return blocks * (live.unsqueeze(2) & live.unsqueeze(1))
 
 
 def positive_damping(damping: float) -> float:
