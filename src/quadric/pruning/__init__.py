@@ -1,0 +1,1 @@
+"""Pruning with inverse curvature: what to remove, what is left, and how it stays removed."""
