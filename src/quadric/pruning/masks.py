@@ -152,14 +152,15 @@ def hold_masks(
         w \leftarrow m \circ w \text{ now and after a step}
 
     Momentum, weight decay, closures, gradient clipping, scaled gradients, accumulation and averaging over processes
-    need nothing else. State of the optimizer at removed weights is set to zero here and stays zero where a state
-    belongs to single weights; estimates that cannot be cut (the curvature of this package's optimizers) forget by
-    themselves. No key of any ``state_dict`` changes, and nothing is added: after loading a checkpoint call this again,
-    and training continues bitwise. Copies and pickles of the model or the optimizer are not held: call this for them.
+    need nothing else. What the optimizer remembers of removed weights is set to zero here and stays there (but for the
+    least values of Rprop and Adamax) where it belongs to single weights; estimates that cannot be cut, such as the
+    curvature of this package's optimizers, forget by themselves.
+
+    No key of any ``state_dict`` changes, and nothing is added: after loading a checkpoint call this again, and training
+    continues bitwise. Copies and pickles of the model or the optimizer are not held: call this for them.
 
     Several holds work side by side: a weight is zero if any of them has removed it, and comes back to life when the
-    last of those is removed. A compiled ``optimizer.step`` runs no hooks, so that only gradients are masked then, which
-    is enough where the step treats each weight by itself.
+    last of those is removed.
 
     Cost: three passes over the masked parameters, with factors that take as much memory as the parameters.
 
