@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from quadric.pruning.masks import Masks
 
-__all__ = ["export"]
+__all__ = ["Layout", "export"]
+
+Layout = Literal["dense", "csr", "2:4"]
 
 
 @torch.no_grad()
-def export(model: nn.Module, masks: Mapping[str, Tensor], layout: str = "dense") -> dict[str, Any]:
+def export(model: nn.Module, masks: Mapping[str, Tensor], layout: Layout = "dense") -> dict[str, Any]:
     """The ``state_dict`` of a model as copies, with its masked weights in another layout.
 
     ======== ====================================================================================================
@@ -118,7 +120,7 @@ def semi_structured(name: str, weight: Tensor, mask: Tensor) -> Tensor:
         ) from error
 
 
-LAYOUTS: dict[str, Callable[[str, Tensor, Tensor], Tensor]] = {
+LAYOUTS: dict[Layout, Callable[[str, Tensor, Tensor], Tensor]] = {
     "dense": dense,
     "csr": compressed_rows,
     "2:4": semi_structured,

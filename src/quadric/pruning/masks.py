@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, _foreach_mul_, nn  # pyright: ignore[reportPrivateImportUsage]
 from torch.optim import LBFGS, Optimizer
 
-__all__ = ["HeldMasks", "Masks", "hold_masks"]
+__all__ = ["HeldMasks", "Masks", "hold_masks", "optimizers_of"]
 
 INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes: as wide as a number they mask
 
@@ -189,7 +189,7 @@ def hold_masks(
         >>> layer.weight.tolist()
         [[0.5, 0.0]]
     """
-    optimizers = _optimizers(optimizer)
+    optimizers = optimizers_of(optimizer)
     if not masks:
         raise ValueError("masks is empty: give one boolean tensor for each parameter that has removed weights")
     if model is not None:
@@ -222,7 +222,12 @@ def hold_masks(
     return HeldMasks([(each, [site for owner, site in sites.values() if owner is each]) for each in optimizers])
 
 
-def _optimizers(given: Any) -> list[Optimizer]:
+def optimizers_of(given: Any) -> list[Optimizer]:
+    """The optimizers that somebody passed as one, as a wrapper of one, or as several.
+
+    Raises:
+        ValueError: if one of them is no optimizer.
+    """
     found = []
     for each in [given] if hasattr(given, "step") or not isinstance(given, Iterable) else given:
         inner = each
