@@ -336,8 +336,8 @@ class Reader:
             rule = None if changed else MODULES.get(type(module))
             args = (module, who, *args)
         else:
-            who = getattr(node.target, "__name__", str(node.target))
-            rule = (FUNCTIONS if node.op == "call_function" else METHODS).get(node.target)
+            who = str(getattr(node.target, "__name__", node.target))
+            rule = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(who)
         in_place = node.op == "call_method" and who.endswith("_") and not node.users  # others read its argument
         if rule is not None and not in_place and _fits(rule, self, args, kwargs):
             found = rule(self, *args, **kwargs)
@@ -646,7 +646,8 @@ def _transformer(reader: Reader, layer: nn.Module, who: str, *args: Any, **kwarg
             taken |= {id(p) for p in module.parameters(recurse=False)}
         elif isinstance(module, (nn.TransformerEncoderLayer, nn.TransformerDecoderLayer)):
             wide, narrow = module.linear1, module.linear2
-            assert isinstance(wide, nn.Linear) and isinstance(narrow, nn.Linear)
+            assert isinstance(wide, nn.Linear)
+            assert isinstance(narrow, nn.Linear)
             reader.tie(_rows(reader, wide), reader.along(narrow.weight, 1, "consumers"))
             taken |= {id(p) for p in wide.parameters()}
             activation = module.activation
