@@ -1,4 +1,4 @@
-"""The command line: ``quadric race``, ``quadric train`` and ``quadric curvature``.
+"""The command line: ``quadric race``, ``train``, ``curvature`` and ``prune``.
 
 Values are checked here, before anything is loaded or written; every failure is one line on stderr.
 """
@@ -6,9 +6,10 @@ Values are checked here, before anything is loaded or written; every failure is 
 import json
 import math
 import os
+import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from enum import Enum
 from importlib.metadata import version
@@ -23,6 +24,7 @@ from typer import Option
 from quadric.lab import LabError
 
 if TYPE_CHECKING:  # its imports take seconds: --help and a mistyped option should not wait for them
+    from quadric.lab.prune import Pruning
     from quadric.lab.race import Race
     from quadric.lab.tasks import Task
 
@@ -71,6 +73,13 @@ class CarriedType(str, Enum):
     float32 = "float32"
     bfloat16 = "bfloat16"
     float64 = "float64"
+
+
+class Scope(str, Enum):
+    """Among which weights the least important are looked for."""
+
+    all = "global"
+    layer = "layer"
 
 
 @dataclass(frozen=True)
@@ -257,7 +266,13 @@ def curvature(
     ] = None,
     epochs: Annotated[int, Option(min=0, help="Train the model of a task so long first, with AdamW.")] = 0,
     weights: Annotated[
-        Path | None, Option(help="Take the parameters from this file or folder, which quadric train wrote.")
+        Path | None,
+        Option(
+            "--weights",
+            "--checkpoint",
+            help="Take the parameters from this file or folder, which quadric train wrote, or from another file of "
+            "safetensors.",
+        ),
     ] = None,
     batch_size: Annotated[
         int | None, Option(min=1, help="Examples of the task in the batch. [default: the task's]")
@@ -289,13 +304,13 @@ def curvature(
 
     theirs = model is not None and ":" in model
     if theirs:
-        given = {
-            "--task": task, "--text": text, "--data-dir": data_dir, "--weights": weights, "--batch-size": batch_size,
-            "--epochs": epochs or None,
-        }  # fmt: skip
-        for option, value in given.items():
-            if value is not None:
-                raise LabError(f"{option} belongs to a built-in task, and --model {model} brings its own; leave it out")
+        refuse_task_options(
+            str(model),
+            {
+                "--task": task, "--text": text, "--data-dir": data_dir, "--weights": weights,
+                "--batch-size": batch_size, "--epochs": epochs or None,
+            },
+        )  # fmt: skip
     if weights is not None and epochs:
         raise LabError("--weights and --epochs both say which parameters to take; leave one out")
     check_threads(threads)
@@ -328,6 +343,185 @@ def curvature(
     except (BrokenPipeError, SystemExit):  # `quadric curvature | head`, which rich answers with SystemExit
         _give_up_stdout()
         raise LabError(f"who read the output has left; what was saved is in {folder}", 1) from None
+
+
+@app.command()
+def prune(
+    ctx: typer.Context,
+    task: Annotated[
+        str | None,
+        Option(
+            help="digits, mnist, fashion-mnist or cifar10, each also followed by -autoencoder; shakespeare, "
+            "regression[:NAME], or the path of a text file. [default: digits]"
+        ),
+    ] = None,
+    text: Annotated[Path | None, Option(help="Take this text file, character by character.")] = None,
+    data_dir: DataDir = None,
+    model: Annotated[
+        str | None,
+        Option(
+            help="logistic, mlp, 3c3d, resnet20, gpt or autoencoder [default: the task's]; or module:function, a "
+            "function of your own that returns (model, loss_fn, batches) or (model, loss_fn, batches, evaluate), where "
+            "loss_fn(model, batch) is the scalar loss and evaluate(model) a number, the higher the better; without it "
+            "the loss on held-back batches judges.",
+        ),
+    ] = None,
+    checkpoint: Annotated[
+        Path | None,
+        Option(
+            "--checkpoint",
+            "--weights",
+            help="Take the parameters from this safetensors file of the model's state dict, or from what quadric "
+            "train wrote.",
+        ),
+    ] = None,
+    epochs: Annotated[
+        int | None,
+        Option(min=0, help="Train the model of a task so long first, with AdamW. [default: the task's]"),
+    ] = None,
+    sparsity: Annotated[
+        str | None,
+        Option(help="Share of the weights to remove, or several with commas. [default: 0.5,0.6,0.7,0.8,0.9]"),
+    ] = None,
+    methods: Annotated[
+        str,
+        Option(
+            help="magnitude; obd (optimal brain damage); and by the inverse of the Fisher matrix: fisher (moves "
+            "nothing), single (the sum of single updates), joint (the exact update of all)."
+        ),
+    ] = "magnitude,obd,fisher,single,joint",
+    num_grads: Annotated[int, Option(min=1, help="Gradients of a round.")] = 256,
+    batch_size: Annotated[
+        int | None, Option(min=1, help="Examples of the task in a batch, one for a gradient. [default: the task's]")
+    ] = None,
+    per_example: Annotated[
+        bool, Option("--per-example", help="Take gradients of single examples, not of batches.")
+    ] = False,
+    block_size: Annotated[
+        int | None, Option(min=1, help="Weights in a block of the Fisher matrix. [default: all in one]")
+    ] = None,
+    damping: Annotated[float, Option(help="Added to the diagonal of the Fisher matrix.")] = 1e-5,
+    shrinkage: Annotated[float, Option(help="Share of its off-diagonals to drop, 0 to 1.")] = 0.0,
+    rounds: Annotated[int, Option(min=1, help="Remove in so many rounds, each with gradients of its own.")] = 1,
+    parts: Annotated[int, Option(min=1, help="Choose and update so many times in a round.")] = 1,
+    pattern: Annotated[
+        str, Option(help="unstructured, N:M (at most N of M neighbours stay) such as 2:4, block:RxC, or channel.")
+    ] = "unstructured",
+    scope: Annotated[Scope, Option(help="Rank all weights together, or those of each layer.")] = Scope.all,
+    targets: Annotated[
+        str | None,
+        Option(help="Names of weights or layers to prune, such as 'layer1.*,fc'. [default: linear, convolution, ...]"),
+    ] = None,
+    ignore: Annotated[str | None, Option(help="Names of weights or layers to leave alone.")] = None,
+    batch_norm: Annotated[
+        bool, Option("--batch-norm", help="Estimate the statistics of batch norm again after it, for every method.")
+    ] = False,
+    finetune: Annotated[
+        int, Option(min=0, metavar="EPOCHS", help="Train so long after it, with AdamW and the masks held.")
+    ] = 0,
+    seeds: Annotated[str, Option(help="How many seeds each method runs, or which: 0,1,2.")] = "1",
+    seed: Annotated[int, Option(min=0, max=MAX_SEED, help="The first seed, where --seeds is a number.")] = 0,
+    device: Annotated[DeviceName, Option(help="Where to compute.")] = DeviceName.auto,
+    threads: Threads = None,
+    out: Out = None,
+    resume: Annotated[bool, Option("--resume", help="Continue what is in --out (or the newest of runs/).")] = False,
+):
+    """Prune one dense network by several methods: tables, pictures, a report, the pruned network and its masks.
+
+    \b
+    Examples:
+      quadric prune
+      quadric prune --sparsity 0.8,0.9,0.95 --rounds 8 --seeds 3
+      quadric prune --task cifar10 --data-dir data --checkpoint resnet20.safetensors --sparsity 0.9 --rounds 8
+      quadric prune --methods magnitude,joint --pattern 2:4 --batch-norm --out runs/sparse
+      quadric prune --model mynet:build --checkpoint mynet.safetensors --sparsity 0.9 --block-size 2000
+      quadric prune --out runs/sparse --resume
+    """  # noqa: D301
+    import torch
+
+    from quadric.lab.display import Display
+    from quadric.lab.prune import (
+        METHODS,
+        Pruning,
+        check_pruning,
+        count_units,
+        run_prune,
+        subject_of_task,
+        subject_of_user,
+    )
+    from quadric.lab.subjects import read_weights
+    from quadric.lab.train import choose_device, make_reproducible
+
+    theirs = model is not None and ":" in model
+    if theirs:
+        refuse_task_options(
+            str(model),
+            {
+                "--task": task, "--text": text, "--data-dir": data_dir, "--batch-size": batch_size,
+                "--epochs": epochs, "--finetune": finetune or None,
+            },
+        )  # fmt: skip
+    if checkpoint is not None and epochs:
+        raise LabError("--checkpoint and --epochs both say which parameters to take; leave one out")
+    if not 0 < damping < math.inf:
+        raise LabError(f"--damping must be a positive number, not {damping:g}; the default is 1e-5")
+    if not 0 <= shrinkage <= 1:
+        raise LabError(f"--shrinkage must be between 0 and 1, not {shrinkage:g}")
+    shares = _sparsities(sparsity, pattern)
+    names = _listed("--methods", methods)
+    for name in names:
+        if name not in METHODS:
+            raise LabError(f"there is no method {name!r}; choose from {', '.join(METHODS)}")
+    every = _seeds(seeds, seed)
+    check_threads(threads)
+    where = choose_device(device.value)
+    weights = None if checkpoint is None else read_weights(checkpoint, "--checkpoint")
+    console = wide_console()
+    data = None if theirs else chosen_task(task or "digits", text, data_dir, console)
+    if chosen := threads or (data and data.threads):
+        torch.set_num_threads(chosen)
+    make_reproducible(where)
+    if data is not None and checkpoint is None and epochs is None:
+        epochs = data.epochs
+    plan = Pruning(
+        task=data and data.name,
+        model=str(model) if data is None else model or data.model,
+        checkpoint=None if checkpoint is None else str(checkpoint),
+        epochs=epochs or 0,
+        methods=names,
+        sparsities=shares,
+        seeds=every,
+        batch_size=None if data is None else min(batch_size or data.batch_size, len(data.train[0])),
+        options={
+            "num_grads": num_grads,
+            "block_size": block_size,
+            "damping": damping,
+            "rounds": rounds,
+            "parts": parts,
+            "shrinkage": shrinkage,
+            "per_example": per_example,
+            "pattern": pattern,
+            "scope": scope.value,
+            "targets": None if targets is None else list(_listed("--targets", targets)),
+            "ignore": None if ignore is None else list(_listed("--ignore", ignore)),
+        },
+        batch_norm=batch_norm,
+        finetune=finetune,
+        device=where.type,
+        threads=torch.get_num_threads(),
+    )
+    subject = subject_of_user(plan, weights, where) if data is None else subject_of_task(data, plan, weights, where)
+    check_pruning(plan, subject)
+    words: list[str] = ctx.obj
+    folder = open_folder(out, "prune", plan.model if data is None else f"{plan.task}-{plan.model}", plan, resume, words)
+    display = Display(console, count_units(plan, data))
+    try:
+        run_prune(plan, subject, folder, display, command=shlex.join(["quadric", *words]))
+    except KeyboardInterrupt:
+        raise _unfinished("interrupted", words, folder, out, code=130) from None
+    except (BrokenPipeError, SystemExit):  # `quadric prune | head`, which rich answers with SystemExit
+        _give_up_stdout()
+        raise _unfinished("who read the output has left", words, folder, out, code=1) from None
 
 
 def start(
@@ -387,7 +581,7 @@ def start(
     )
     check_race(plan, task)
     words: list[str] = ctx.obj
-    folder = open_folder(common.out, str(ctx.info_name), plan, common.resume, words)
+    folder = open_folder(common.out, str(ctx.info_name), f"{plan.task}-{plan.model}", plan, common.resume, words)
     display = Display(console, count_steps(plan, task))
     track = Track(task, folder, display, common.checkpoint_seconds, checkpoint_steps)
     try:
@@ -397,6 +591,21 @@ def start(
     except (BrokenPipeError, SystemExit):  # `quadric race | head`, which rich answers with SystemExit
         _give_up_stdout()
         raise _unfinished("who read the output has left", words, folder, common.out, code=1) from None
+
+
+def refuse_task_options(model: str, given: Mapping[str, Any]) -> None:
+    """Refuse options that say something of a task where the model is a person's own.
+
+    Args:
+        model: ``--model``.
+        given: Values of such options; None where one was not given.
+
+    Raises:
+        LabError: When there is one.
+    """
+    for option, value in given.items():
+        if value is not None:
+            raise LabError(f"{option} belongs to a built-in task, and --model {model} brings its own; leave it out")
 
 
 def check_threads(threads: int | None) -> None:
@@ -422,12 +631,15 @@ def chosen_task(name: str, text: Path | None, data_dir: Path | None, console: Co
     return load_task(name, data_dir, say=console.print) if text is None else text_task_from(text)
 
 
-def open_folder(out: Path | None, kind: str, plan: "Race", resume: bool, words: Sequence[str]) -> Path:
-    """The folder of a race or run: a new one with its configuration, or the one to continue.
+def open_folder(
+    out: Path | None, kind: str, name: str, plan: "Race | Pruning", resume: bool, words: Sequence[str]
+) -> Path:
+    """The folder of something long: a new one with its configuration, or the one to continue.
 
     Args:
-        out: ``--out``; None takes runs/KIND-TASK-MODEL, with a number where that is taken.
-        kind: "race" or "train".
+        out: ``--out``; None takes runs/KIND-NAME, with a number where that is taken.
+        kind: "race", "train" or "prune".
+        name: Of the task and model.
         plan: Its configuration.
         resume: ``--resume``.
         words: The command line after ``quadric``, remembered for ``--resume``.
@@ -438,7 +650,7 @@ def open_folder(out: Path | None, kind: str, plan: "Race", resume: bool, words: 
     from quadric.lab.checkpoint import read_json, write_json
 
     config = json.loads(json.dumps({"command": kind, "quadric": version("quadric"), **asdict(plan)}))
-    folder = out or _folder_under_runs(f"{kind}-{plan.task}-{plan.model}".replace(":", "-"), resume)
+    folder = out or _folder_under_runs(f"{kind}-{name}".replace(":", "-"), resume)
     file = folder / "config.json"
     if not file.exists():
         if resume:
@@ -489,12 +701,43 @@ def _folder_under_runs(name: str, resume: bool) -> Path:
 def _names(text: str) -> tuple[str, ...]:
     from quadric.lab.optimizers import find_entrant
 
-    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    names = _listed("--optimizers", text)
     for name in names:
         find_entrant(name)
-    if len(set(names)) < len(names) or not names:
-        raise LabError(f"--optimizers takes different names with commas between them, not {text!r}")
     return names
+
+
+def _listed(option: str, text: str) -> tuple[str, ...]:
+    names = tuple(part.strip() for part in text.split(",") if part.strip())
+    if len(set(names)) < len(names) or not names:
+        raise LabError(f"{option} takes different names with commas between them, not {text!r}")
+    return names
+
+
+def _sparsities(text: str | None, pattern: str) -> tuple[float, ...]:
+    # Rising; with N of M neighbours at most, 1 - N/M of them are gone at least, and that is what it asks for.
+    count = "([1-9][0-9]*)"
+    shape = re.fullmatch(f"unstructured|channel|{count}:{count}|block:{count}x{count}", pattern)
+    if shape is None:
+        raise LabError(
+            f"--pattern is unstructured, N:M such as 2:4, block:RxC such as block:4x1, or channel, not {pattern!r}"
+        )
+    least = 1 - int(shape[1]) / int(shape[2]) if shape[1] else 0.0
+    if shape[1] and least <= 0:
+        raise LabError(f"--pattern N:M keeps N of M neighbours, and {pattern} keeps all; give the smaller number first")
+    if text is None:
+        return (least,) if least else (0.5, 0.6, 0.7, 0.8, 0.9)
+    try:
+        shares = sorted({float(part) for part in text.split(",")})
+    except ValueError:
+        shares = []
+    if not shares or not all(0 < share < 1 for share in shares):
+        raise LabError(f"--sparsity takes shares between 0 and 1, such as 0.9 or 0.5,0.9, not {text!r}")
+    if shares[0] < least - 1e-9:
+        raise LabError(
+            f"--pattern {pattern} removes {least:g} of the weights at least; --sparsity cannot be {shares[0]:g}"
+        )
+    return tuple(shares)
 
 
 def _seeds(text: str, first: int) -> tuple[int, ...]:
@@ -526,7 +769,7 @@ def run(arguments: Sequence[str]) -> int:
         return _complain(str(error), error.code)
     except UsageError as error:
         told = getattr(error, "format_message", error.__str__)().rstrip(".")
-        command = f"{arguments[0]} " if arguments[0] in ("race", "train", "curvature") else ""
+        command = f"{arguments[0]} " if arguments[0] in ("race", "train", "curvature", "prune") else ""
         return _complain(f"{told}; see quadric {command}--help", 2)
     except MemoryError:
         return _complain("the memory is used up; try a smaller --batch-size, model or window", 1)

@@ -1,4 +1,4 @@
-"""Pictures of a race: curves with seed bands, where each seed ended, what was tuned.
+"""Pictures: curves with seed bands, where each seed ended, what was tuned, estimates beside exact values, layers.
 
 Nothing here knows a results file. A picture is a function of the `Series` it draws; `svg` and `png` turn a picture
 into bytes, and `inline` turns an SVG into markup that takes its colours from the page around it.
@@ -203,12 +203,13 @@ def _draw_curves(
         _label_ends(axes, series)
 
 
-def ends(series: Sequence[Series], *, x: str, log: bool = False) -> Figure:
-    """One row for each optimizer: a dot for each seed, a bar at the mean.
+def ends(series: Sequence[Series], *, x: str, title: str = "Where each seed ended", log: bool = False) -> Figure:
+    """One row for each optimizer or method: a dot for each seed, a bar at the mean.
 
     Args:
         series: `x` the seeds' values, `y` their mean; both empty if none finished.
         x: Name of the horizontal axis.
+        title: What stands above.
         log: Make it logarithmic if all is positive and spans much.
     """
     figure, (axes,) = _figure(1)
@@ -223,7 +224,7 @@ def ends(series: Sequence[Series], *, x: str, log: bool = False) -> Figure:
             axes.plot([min(s.x), max(s.x)], [row, row], color=s.style.colour, lw=1.2, alpha=0.5)
             axes.plot(s.x, [row] * len(s.x), "o", color=s.style.colour, ms=6, alpha=0.75, mew=0)
             axes.plot(s.y, [row] * len(s.y), "|", color=s.style.colour, ms=17, mew=2.2)
-    _dress(axes, x, "Where each seed ended")
+    _dress(axes, x, title)
     axes.grid(axis="x", color=GRID, lw=0.8)
     axes.grid(visible=False, axis="y")
     axes.set_ylim(len(series) - 0.4, -0.6)
@@ -363,26 +364,102 @@ def errors(names: Sequence[str], guesses: Sequence[Guess]) -> Figure:
     Errors off the axis are drawn at its ends.
     """
     low, high = 1e-3, 1e2
-    figure = Figure((_WIDTH, 1.4 + 0.24 * len(names)), layout="constrained")
-    axes = figure.subplots()
+    marks = [
+        Marks(g.label, g.style, g.marker, g.filled, [None if e is None else min(max(e, low), high) for e in g.errors])
+        for g in guesses
+    ]
+    figure, axes = _rows(names, marks, x="relative L1 error (dotted: predicting zero)")
     axes.set_xscale("log")
     axes.axvline(1, color=MUTED, lw=0.9, ls=(0, (2, 2)), zorder=1)
-    for place, guess in enumerate(guesses):
-        shown = [(min(max(e, low), high), float(row)) for row, e in enumerate(guess.errors) if e is not None]
-        colour = guess.style.colour
+    _log_ticks(axes.xaxis, low, high)
+    axes.set_xlim(low, high)
+    return figure
+
+
+@dataclass(frozen=True)
+class Marks:
+    """A value of somebody for each of several rows.
+
+    Args:
+        label: Its name.
+        style: Its look.
+        marker: Its mark, in matplotlib's letters.
+        filled: Whether the mark is.
+        values: One for each row; None where there is none.
+    """
+
+    label: str
+    style: Style
+    marker: str
+    filled: bool
+    values: list[float | None]
+
+
+def sparsity_by_layer(names: Sequence[str], marks: Sequence[Marks], whole: float) -> Figure:
+    """How much of each layer is gone under each method, a row a layer, and in it the methods from top to bottom.
+
+    Args:
+        names: Of the layers.
+        marks: Per cent removed of each.
+        whole: Per cent removed of all together, marked by a line.
+    """
+    figure, axes = _rows(names, marks, x=f"weights removed, % (dotted: {whole:.4g} of all)", height=0.36, reach=0.28)
+    axes.axvline(whole, color=MUTED, lw=0.9, ls=(0, (2, 2)), zorder=1)
+    axes.set_xlim(0, 100)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
+    return figure
+
+
+def _rows(
+    names: Sequence[str], marks: Sequence[Marks], x: str, height: float = 0.24, reach: float = 0.0
+) -> tuple[Figure, Axes]:
+    # Marks of one row stand on its line, or up to `reach` rows above and below, where they would hide one another.
+    figure = Figure((_WIDTH, 1.4 + height * len(names)), layout="constrained")
+    axes = figure.subplots()
+    for place, m in enumerate(marks):
+        aside = reach * (2 * place / (len(marks) - 1) - 1) if len(marks) > 1 else 0.0
+        shown = [(value, row + aside) for row, value in enumerate(m.values) if value is not None]
+        colour = m.style.colour
         axes.plot(
-            *_columns(shown), guess.marker, color=colour, mfc=colour if guess.filled else "none", mec=colour, ms=5.5,
-            mew=1.2, alpha=0.85, clip_on=False, label=guess.label, zorder=3 - place / len(guesses),
+            *_columns(shown), m.marker, color=colour, mfc=colour if m.filled else "none", mec=colour, ms=5.5,
+            mew=1.2, alpha=0.85, clip_on=False, label=m.label, zorder=3 - place / len(marks),
         )  # fmt: skip
     _dress(axes, "", "")
-    _log_ticks(axes.xaxis, low, high)
     axes.grid(axis="both", color=GRID, lw=0.8)
-    axes.set_xlim(low, high)
     axes.set_ylim(len(names) - 0.4, -0.6)
     axes.set_yticks(range(len(names)), [_end(name) for name in names], color=INK, parse_math=False)
     axes.tick_params(axis="y", pad=8)  # beside a mark on the edge
-    axes.set_xlabel("relative L1 error (dotted: predicting zero)", color=MUTED, fontsize=_SMALL)
+    axes.set_xlabel(x, color=MUTED, fontsize=_SMALL)
     figure.legend(loc="outside upper left", ncols=2, frameon=False, fontsize=_SMALL, labelcolor=INK)
+    return figure, axes
+
+
+def against_sparsity(series: Sequence[Series], *, y: str, dense: float | None) -> Figure:
+    """A line with a band over the seeds for each method, over the share of weights removed, and one for none removed.
+
+    Args:
+        series: What to draw; `x` in per cent.
+        y: Name of the vertical axis.
+        dense: The value before anything is removed.
+    """
+    figure, (axes,) = _figure(1)
+    values = [v for s in series for v in [*s.low, *s.high]] + ([] if dense is None else [dense])
+    axes.set_ylim(*_widened(min(values), max(values), False))
+    places = sorted({x for s in series for x in s.x})
+    axes.set_xlim(*_widened(places[0], places[-1], False, 0.03))
+    apart = (places[-1] - places[0]) / 14
+    ticks = [x for i, x in enumerate(places) if i in (0, len(places) - 1) or x - places[i - 1] >= apart]
+    axes.xaxis.set_major_locator(FixedLocator(ticks))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.4g}"))
+    if dense is not None:
+        axes.axhline(dense, color=MUTED, lw=0.9, ls=(0, (2, 2)), zorder=1)
+        axes.set_title(f"dotted: {dense:.4g}, nothing removed", loc="right", color=MUTED, fontsize=_SMALL - 1, pad=9)
+    for place, s in enumerate(series):
+        colour, front = s.style.colour, 3 - place / len(series)
+        axes.fill_between(s.x, s.low, s.high, color=colour, alpha=min(0.15, 0.6 / len(series)), lw=0)
+        axes.plot(s.x, s.y, color=colour, lw=1.8, ls=s.style.line, marker="o", ms=3.6, zorder=front)
+    _dress(axes, "weights removed, %", y)
+    _label_ends(axes, series)
     return figure
 
 
