@@ -13,6 +13,7 @@ RULES = {
     f"backprop.rules.{path.stem}" for path in (PACKAGE / "backprop" / "rules").glob("*.py") if path.stem != "__init__"
 }
 METHODS = {f"methods.{path.stem}" for path in (PACKAGE / "methods").glob("*.py") if path.stem != "__init__"}
+PRUNING = {f"pruning.{path.stem}" for path in (PACKAGE / "pruning").glob("*.py") if path.stem != "__init__"}
 
 MAY_IMPORT = {
     "tiles": set(),
@@ -39,9 +40,25 @@ MAY_IMPORT = {
     "backprop.route": BACKPROP
     | {f"backprop.{name}" for name in ("rules.__init__", "regions", "fallbacks", "refusals")},
     "backprop.walk": BACKPROP | {f"backprop.{name}" for name in ("route", "factors", "refusals")},
+    "pruning.__init__": set(),
+    "pruning.weights": {"layers.targets"},
+    "pruning.gradients": set(),
+    "pruning.memory": set(),
+    "pruning.evidence": {"matrix", "tiles", "pruning.memory"},
+    "pruning.surgery": {"pruning.evidence"},
+    "pruning.masks": set(),
+    "pruning.channels": set(),
+    "pruning.compact": {"pruning.channels", "pruning.masks"},
+    "pruning.export": {"pruning.masks"},
+    "pruning.batch_norm": {"pruning.gradients"},
+    "pruning.patterns": {"layers.targets", "pruning.channels", "pruning.weights"},
+    "pruning.prune": {"matrix", "tiles", "optimizer", "distributed", "backprop.walk", "layers.targets"}
+    | PRUNING - {"pruning.prune", "pruning.gradual"},
+    "pruning.gradual": {"optimizer", "pruning.masks", "pruning.prune", "pruning.gradients"},
+    "influence": {"matrix", "tiles", "optimizer", "pruning.weights", "pruning.gradients", "pruning.memory", "pruning.evidence"},
     "methods.__init__": METHODS,
     "verify": CORE | METHODS | {"backprop.walk"},
-    "__init__": CORE | METHODS | {"methods.__init__", "backprop.registry", "backprop.walk", "verify"},
+    "__init__": CORE | METHODS | {"methods.__init__", "backprop.registry", "backprop.walk", "verify"} | PRUNING | {"influence"},
 }
 OUTSIDE = {"torch", *sys.stdlib_module_names}
 

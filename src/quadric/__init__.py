@@ -12,6 +12,9 @@ from quadric.methods.hesscale import AdaHesScale, HessianDiagonal
 from quadric.methods.isaac import ISAAC, InputMoment, isaac, relative
 from quadric.methods.mfac import MFAC, GradientWindow
 from quadric.optimizer import CurvatureOptimizer
+from quadric.pruning.batch_norm import reestimate_batch_norm
+from quadric.pruning.masks import Masks, hold_masks
+from quadric.pruning.prune import PruneResult, prune
 from quadric.verify import verify
 
 __all__ = [
@@ -31,10 +34,15 @@ __all__ = [
     "HessianDiagonal",
     "InputMoment",
     "LowRank",
+    "Masks",
     "PSDMatrix",
+    "PruneResult",
     "UnsupportedOperation",
     "hessian_diagonal",
+    "hold_masks",
     "isaac",
+    "prune",
+    "reestimate_batch_norm",
     "register_rule",
     "relative",
     "sampled_loss",

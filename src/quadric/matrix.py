@@ -97,9 +97,13 @@ class PSDMatrix(ABC):
         values = torch.where(units >= 0, v[units.clamp_min(0)], 0)
         if units.shape[1] == 1:
             return values / self.inverse_diagonal()[units.clamp_min(0)]
-        blocks = self.inverse_blocks(units)
-        blocks = blocks + torch.diag_embed((units < 0).to(blocks.dtype))
-        return torch.linalg.solve(blocks, values.to(blocks.dtype)).to(torch.promote_types(v.dtype, self.dtype))
+        found = []
+        some = max(1, 2**25 // units.shape[1] ** 2)
+        for part, values_of_part in zip(units.split(some), values.split(some), strict=True):
+            blocks = self.inverse_blocks(part)
+            blocks = blocks + torch.diag_embed((part < 0).to(blocks.dtype))
+            found.append(torch.linalg.solve(blocks, values_of_part.to(blocks.dtype)))
+        return torch.cat(found).to(torch.promote_types(v.dtype, self.dtype))
 
     def inverse_blocks(self, units: Tensor) -> Tensor:
         """The entries of the inverse within each unit, ``(n, size, size)``; zeros beside a −1.
@@ -223,6 +227,10 @@ class Dense(PSDMatrix):
         return cholesky(self.values.to(wide(self.values)), self.damping)
 
     @cached_property
+    def _inverse(self) -> Tensor:
+        return torch.cholesky_inverse(self._factor)
+
+    @cached_property
     def _spectrum(self) -> tuple[Tensor, Tensor]:
         values, vectors = torch.linalg.eigh(self.values.to(wide(self.values)))
         return values.clamp_min(0) + self.damping, vectors
@@ -242,7 +250,7 @@ class Dense(PSDMatrix):
         if power == 1:
             return (self.values.diagonal(dim1=1, dim2=2) + self.damping).reshape(-1).to(self.dtype)
         if power == -1:
-            return torch.cholesky_inverse(self._factor).diagonal(dim1=1, dim2=2).reshape(-1).to(self.dtype)
+            return self._inverse.diagonal(dim1=1, dim2=2).reshape(-1).to(self.dtype)
         values, vectors = self._spectrum
         return (vectors.square() @ values.pow(power).unsqueeze(-1)).reshape(-1).to(self.dtype)
 
@@ -254,8 +262,7 @@ class Dense(PSDMatrix):
         return Dense(self.values * sides.unsqueeze(1) * sides.unsqueeze(2), self.damping)
 
     def inverse_blocks(self, units: Tensor) -> Tensor:  # noqa: D102
-        n = self.values.shape[1]
-        return _blocks_of(torch.cholesky_inverse(self._factor), units.clamp_min(0), n, units).to(self.dtype)
+        return _blocks_of(self._inverse, units.clamp_min(0), units).to(self.dtype)
 
 
 class LowRank(PSDMatrix):
@@ -499,9 +506,7 @@ class LowRank(PSDMatrix):
             units: coordinates of each unit, ``(n, size)`` integers; −1 where a unit is shorter.
         """
         if self._inner:
-            return _blocks_of(self._dense_power(-1.0), self._places[units.clamp_min(0)], self._tiles.width, units).to(
-                self.dtype
-            )
+            return _blocks_of(self._dense_power(-1.0), self._places[units.clamp_min(0)], units).to(self.dtype)
         if not self._one_factor_each(units):
             return super().inverse_blocks(units)
         n, size = units.shape
@@ -799,8 +804,9 @@ class _Product(torch.autograd.Function):
         return ctx.matrix.apply(gradients[0], ctx.power), None, None
 
 
-def _blocks_of(inverse: Tensor, places: Tensor, width: int, units: Tensor) -> Tensor:
+def _blocks_of(inverse: Tensor, places: Tensor, units: Tensor) -> Tensor:
     """Entries of the blocks ``(blocks, width, width)`` of an inverse at the places of each unit."""
+    width = inverse.shape[-1]
     block, offset = places // width, places % width
     found = inverse[block.unsqueeze(2), offset.unsqueeze(2), offset.unsqueeze(1)]
     return _within_units(found * (block.unsqueeze(2) == block.unsqueeze(1)), units)

@@ -1,8 +1,8 @@
-"""Targets: which weights of a model are somebody's to condition, by name or by type of module."""
+"""Targets: which weights of a model somebody is to work on, by name or by type of module."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import Any
@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 
-__all__ = ["Target", "find_targets"]
+__all__ = ["Choice", "Target", "find_targets"]
 
 Choice = str | type[nn.Module] | Sequence[str | type[nn.Module]] | None
 
@@ -41,14 +41,30 @@ class Target:
     reason: str = ""
 
 
-def find_targets(model: nn.Module, targets: Choice, ignore: Choice) -> list[Target]:
+def not_conditioned(module: nn.Module, by_default: bool) -> str:
+    """Why the weights of a module cannot be conditioned by its inputs, or not by default; empty where they can."""
+    for kinds, reason in LEFT_ALONE:
+        if isinstance(module, kinds):
+            return reason
+    if by_default and not isinstance(module, MIXING):
+        return f"{type(module).__name__} is no layer of torch: name it in targets if it calls F.linear or a convolution"
+    return ""
+
+
+def find_targets(
+    model: nn.Module,
+    targets: Choice,
+    ignore: Choice,
+    judge: Callable[[nn.Module, bool], str] = not_conditioned,
+) -> list[Target]:
     """Every weight of a model that has two axes or more, each with the reason why it is left alone if it is.
 
     Args:
         model: The model.
         targets: Patterns of names (``fnmatch``) of weights or of modules around them, or types of modules, to take;
-            None takes all linear layers, convolutions and attentions.
+            None takes all that ``judge`` lets pass by default.
         ignore: The same, to leave alone.
+        judge: Says of a module, and whether it was not asked for but taken by default, why it is left alone.
 
     Raises:
         ValueError: if a pattern or type matches nothing.
@@ -66,7 +82,13 @@ def find_targets(model: nn.Module, targets: Choice, ignore: Choice) -> list[Targ
             wanted = [choice for choice in chosen if _matches(choice, owners, name)]
             unwanted = [choice for choice in ignored if _matches(choice, owners, name)]
             used.update(wanted, unwanted)
-            found.append(Target(name, module, path, _reason(module, bool(wanted), targets is None, bool(unwanted))))
+            if unwanted:
+                reason = "ignore names it"
+            elif not wanted and targets is not None:
+                reason = "targets does not name it"
+            else:
+                reason = judge(module, targets is None)
+            found.append(Target(name, module, path, reason))
     for choice in (*chosen, *ignored):
         if choice not in used:
             shown = ", ".join(target.name for target in found[:3]) or "none at all"
@@ -84,19 +106,6 @@ def _weights(module: nn.Module) -> Iterable[str]:
     if isinstance(module, (nn.Linear, _ConvNd)):
         return ["weight"]
     return [name for name, p in module._parameters.items() if p is not None and p.ndim >= 2]
-
-
-def _reason(module: nn.Module, wanted: bool, by_default: bool, unwanted: bool) -> str:
-    for kinds, reason in LEFT_ALONE:
-        if isinstance(module, kinds):
-            return reason
-    if unwanted:
-        return "ignore names it"
-    if not wanted and not by_default:
-        return "targets does not name it"
-    if by_default and not isinstance(module, MIXING):
-        return f"{type(module).__name__} is no layer of torch: name it in targets if it calls F.linear or a convolution"
-    return ""
 
 
 def _choices(option: str, given: Any) -> tuple[str | type[nn.Module], ...]:

@@ -1,0 +1,172 @@
+r"""Evidence: what gradients at fixed weights say about the curvature, a section of the weights at a time.
+
+.. math::
+    G = D + \frac{1 - s}{m} \sum_{i=1}^m g_i g_i^\top, \qquad
+    D = \lambda I + s\, \mathrm{diag}\Big(\frac1m \sum_{i=1}^m g_i g_i^\top\Big)
+
+within blocks of consecutive coordinates. The shrinkage s takes the off-diagonal entries, which few gradients estimate
+badly, towards zero. A section comes as a scale, :math:`D^{1/2}`, and the matrix
+:math:`D^{-1/2} G D^{-1/2} = I + \dots`: costs are the same in scaled coordinates.
+
+Small matrices are made for as many blocks as fit into a fixed amount of memory, and never for all.
+
+Cost: of a section O(m · block) for each weight, or O(m²) for each where blocks are larger than m.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quadric.matrix import Dense, Diagonal, LowRank, PSDMatrix
+from quadric.pruning.memory import WORK, Plan
+from quadric.tiles import Tiles, slab_tiles, slabs, wide
+
+__all__ = ["Evidence", "Given", "GradientBlocks", "GradientRows", "Section", "on_the_diagonal"]
+
+TOGETHER = 32  # gradients that are added to sums of outer products in one product
+
+
+@dataclass(frozen=True)
+class Section:
+    """Some consecutive coordinates, coupled with no others.
+
+    Args:
+        columns: Which of the padded coordinates.
+        matrix: Of the coordinates times ``scale``.
+        scale: ``(columns,)``, or a scalar.
+        block: Padded coordinates in a block; units are held by the multipliers of one block.
+    """
+
+    columns: slice
+    matrix: PSDMatrix
+    scale: Tensor
+    block: int
+
+
+class Evidence(ABC):
+    """A curvature matrix over padded coordinates.
+
+    Args:
+        tiles: The cut of the coordinates into blocks.
+    """
+
+    def __init__(self, tiles: Tiles):
+        self.tiles = tiles
+
+    @abstractmethod
+    def sections(self) -> Iterator[Section]:
+        """All coordinates, some blocks at a time; what one section has made is let go before the next."""
+
+
+class Given(Evidence):
+    """A matrix over all coordinates that somebody hands in."""
+
+    def __init__(self, tiles: Tiles, matrix: PSDMatrix):
+        super().__init__(tiles)
+        self.matrix = matrix
+
+    def sections(self) -> Iterator[Section]:  # noqa: D102
+        yield Section(slice(0, self.tiles.length), self.matrix, torch.ones(()), self.tiles.length)
+
+
+def on_the_diagonal(tiles: Tiles, values: Tensor, damping: float) -> Given:
+    """A diagonal matrix of the absolute values of a vector ``(dim,)``, plus λ."""
+    return Given(tiles, Diagonal(tiles.pad(values).abs() + damping))
+
+
+class GradientRows(Evidence):
+    """Gradients as they are.
+
+    Args:
+        tiles: The cut of the coordinates into blocks.
+        plan: How many gradients there will be, and their type and device.
+        damping: λ.
+        shrinkage: s, from 0 to 1.
+    """
+
+    def __init__(self, tiles: Tiles, plan: Plan, damping: float, shrinkage: float):
+        super().__init__(tiles)
+        self.damping, self.shrinkage, self.seen = damping, shrinkage, 0
+        self.rows = torch.empty(tiles.count, plan.gradients, tiles.width, dtype=plan.dtype, device=plan.device)
+
+    def add(self, gradient: Tensor) -> None:
+        """Learn from a gradient, ``(dim,)``."""
+        if self.rows.dtype == torch.float16:  # the one type with a range that gradients leave
+            gradient = gradient.clamp(-65504, 65504)
+        self.rows[:, self.seen] = self.tiles.cut(self.tiles.pad(gradient))
+        self.seen += 1
+
+    def sections(self) -> Iterator[Section]:  # noqa: D102
+        rows, width = self.rows[:, : self.seen], self.tiles.width
+        narrow = self.tiles.one_each and width <= self.seen
+        some = self.tiles.count
+        if self.tiles.one_each:
+            some = max(1, WORK // (48 * min(width, self.seen) ** 2))  # six small matrices of a block at a time
+        for first in range(0, self.tiles.count, some):
+            part = rows[first : first + some]
+            columns = slice(first * width, (first + len(part)) * width)
+            squares = torch.cat([slab.square().sum(1) for slab in slabs(part, wide(part))])
+            scale = (self.damping + squares * (self.shrinkage / self.seen)).sqrt()
+            weight = (1 - self.shrinkage) / self.seen
+            if narrow:
+                step = slab_tiles(part)
+                sums = part.new_empty(len(part), width, width, dtype=wide(part))
+                for slab, target in zip(slabs(part, wide(part)), sums.split(step), strict=True):
+                    torch.bmm(slab.mT, slab, out=target)
+                matrix: PSDMatrix = _scaled_blocks(sums, weight, scale)
+            else:
+                blocks = len(part) if self.tiles.one_each else 1
+                tiles = Tiles([columns.stop - columns.start] if blocks == 1 else [width] * blocks, width)
+                matrix = LowRank.of_tiles(part, tiles, 1.0, weight, scale.reciprocal())
+            block = width if self.tiles.one_each else self.tiles.length
+            yield Section(columns, matrix, scale.flatten(), block)
+
+
+class GradientBlocks(Evidence):
+    """The sums of the gradients' outer products within blocks.
+
+    Args:
+        tiles: The cut of the coordinates into blocks, each one tile.
+        plan: The type and device of the sums.
+        damping: λ.
+        shrinkage: s, from 0 to 1.
+    """
+
+    def __init__(self, tiles: Tiles, plan: Plan, damping: float, shrinkage: float):
+        super().__init__(tiles)
+        self.damping, self.shrinkage, self.seen = damping, shrinkage, 0
+        self.sums = torch.zeros(tiles.count, tiles.width, tiles.width, dtype=plan.dtype, device=plan.device)
+        self.waiting: list[Tensor] = []
+
+    def add(self, gradient: Tensor) -> None:
+        """Learn from a gradient, ``(dim,)``."""
+        self.waiting.append(gradient)
+        self.seen += 1
+        if len(self.waiting) == TOGETHER:
+            self._sum()
+
+    def _sum(self) -> None:
+        if self.waiting:
+            rows = self.tiles.cut(self.tiles.pad(torch.stack(self.waiting))).to(self.sums.dtype)
+            self.sums.baddbmm_(rows.mT, rows)
+            self.waiting = []
+
+    def sections(self) -> Iterator[Section]:  # noqa: D102
+        self._sum()
+        width = self.tiles.width
+        some = max(1, WORK // (48 * width**2))
+        for first in range(0, self.tiles.count, some):
+            sums = self.sums[first : first + some]
+            squares = sums.diagonal(dim1=1, dim2=2)
+            scale = (self.damping + squares * (self.shrinkage / self.seen)).sqrt()
+            matrix = _scaled_blocks(sums, (1 - self.shrinkage) / self.seen, scale)
+            yield Section(slice(first * width, (first + len(sums)) * width), matrix, scale.flatten(), width)
+
+
+def _scaled_blocks(sums: Tensor, weight: float, scale: Tensor) -> Dense:
+    return Dense(weight * sums / (scale.unsqueeze(1) * scale.unsqueeze(2)), 1.0)

@@ -1,0 +1,102 @@
+r"""Surgery: what it costs to remove weights, and how the others best answer.
+
+Removing the units of coordinates Q from the kept coordinates S moves the weights w by δ with :math:`\delta_Q = -w_Q`,
+and the loss, near a minimum, by :math:`\frac12\delta^\top G\delta`. For one unit u alone, with all others free, the
+least of it is its cost, and for all that go together the rest answers by
+
+.. math::
+    \rho_u = \tfrac12\, w_u^\top \big([G_{SS}^{-1}]_{uu}\big)^{-1} w_u, \qquad
+    \delta_{S \setminus Q} = -G_{S \setminus Q, S \setminus Q}^{-1}\, G_{S \setminus Q, Q}\, \delta_Q .
+
+Of a single weight the first is :math:`w_i^2 / (2 [G^{-1}]_{ii})`, optimal brain surgeon (Hassibi and Stork, 1992), and
+of a diagonal G, optimal brain damage (LeCun, Denker and Solla, 1989).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from quadric.pruning.evidence import Evidence
+
+__all__ = ["Update", "remove_", "unit_costs"]
+
+Update = Literal["joint", "single", "none"]
+
+
+def unit_costs(evidence: Evidence, unit: Tensor, count: int, weights: Tensor, kept: Tensor) -> Tensor:
+    """The least rise of the loss if a unit goes, for each alone, ``(count,)``.
+
+    Args:
+        evidence: The curvature.
+        unit: Of each padded coordinate, ``(length,)``; −1 of none.
+        count: Units.
+        weights: Padded, ``(length,)``.
+        kept: Which coordinates are left, ``(length,)``.
+    """
+    costs = torch.zeros(count, dtype=weights.dtype, device=weights.device)
+    for section in evidence.sections():
+        w, alive = weights[section.columns] * section.scale, kept[section.columns]
+        units, owners = pieces(torch.where(alive, unit[section.columns], -1), section.block)
+        # A unit that lies in several blocks costs the sum of its pieces, because blocks are not coupled.
+        held = torch.where(units >= 0, w[units.clamp_min(0)], 0)
+        held *= section.matrix.restrict(alive).multipliers(w, units)
+        costs.index_add_(0, owners, held.sum(1) / 2)
+    return costs
+
+
+def pieces(unit: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """The coordinates of each unit within each block, ``(n, size)`` with −1 behind shorter ones, and whose they are.
+
+    Args:
+        unit: Of each coordinate; −1 of none.
+        block: Coordinates in a block.
+
+    Example:
+        Unit 7 has two coordinates in the first block of three and one in the second.
+
+        >>> pieces(torch.tensor([7, -1, 7, 7]), block=3)
+        (tensor([[ 0,  2],
+                [ 3, -1]]), tensor([7, 7]))
+    """
+    place = (unit >= 0).nonzero().flatten()
+    label, order = torch.sort(unit[place] * (len(unit) // block + 1) + place // block, stable=True)
+    _, piece, counts = torch.unique_consecutive(label, return_inverse=True, return_counts=True)
+    starts = counts.cumsum(0) - counts
+    found = unit.new_full((len(counts), int(counts.max()) if len(counts) else 1), -1)
+    found[piece, torch.arange(len(place), device=unit.device) - starts[piece]] = place[order]
+    return found, unit[found[:, 0]]
+
+
+def remove_(evidence: Evidence, unit: Tensor, weights: Tensor, kept: Tensor, gone: Tensor, update: Update) -> float:
+    """Remove coordinates and let the others answer, in place; the predicted rise of the loss.
+
+    Args:
+        evidence: The curvature.
+        unit: Of each padded coordinate, ``(length,)``; −1 of none.
+        weights: Padded, ``(length,)``; changed.
+        kept: Which coordinates are left, ``(length,)``; changed.
+        gone: Which of these go, whole units of them, ``(length,)``.
+        update: ``"joint"`` the exact answer to all that goes, ``"single"`` the sum of the answers to each unit alone,
+            as M-FAC's paper has it, ``"none"`` no answer.
+    """
+    rise = torch.zeros((), dtype=weights.dtype, device=weights.device)
+    for section in evidence.sections():
+        columns, out = section.columns, gone[section.columns]
+        w, matrix = weights[columns] * section.scale, section.matrix.restrict(kept[columns])
+        if update == "joint":
+            move = matrix.complete(-w, out)
+        elif update == "single":
+            units, _ = pieces(torch.where(out, unit[columns], -1), section.block)
+            forces = torch.zeros_like(w)
+            forces[units[units >= 0]] = matrix.multipliers(w, units)[units >= 0]
+            move = torch.where(out, -w, -matrix.solve(forces))
+        else:
+            move = torch.where(out, -w, 0)
+        rise += matrix.quad(move) / 2
+        weights[columns] += move / section.scale
+    weights[gone] = 0
+    kept &= ~gone
+    return float(rise)
