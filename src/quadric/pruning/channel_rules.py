@@ -511,14 +511,19 @@ def _item(ledger: Ledger, value: Any, index: Any) -> Any:
         sliced = len(indices) < table.ndim and all(isinstance(part, slice) for part in indices)
         if sliced and not _counting(indices):
             return Signal(ledger.along(table, table.ndim - 1, "producers"), -1, table.ndim)
-    plain = all(isinstance(part, (int, slice)) for part in indices) and not any(parts(indices))
-    if not isinstance(value, Signal) or value.place is None or value.atoms is None or not plain:
+    if not isinstance(value, Signal) or value.place is None or value.atoms is None or any(parts(indices)):
         return NotImplemented
-    if value.place < len(indices) and indices[value.place] != slice(None):
+    if not all(part is None or isinstance(part, (int, slice)) for part in indices):
         return NotImplemented
-    dropped = [place for place, part in enumerate(indices) if isinstance(part, int)]
-    axis = value.axis + sum(place > value.place for place in dropped)
-    return replace(value, axis=axis, ndim=(value.ndim or 0) - len(dropped))
+    whole = [slice(None)] * ((value.ndim or 0) - sum(part is not None for part in indices))
+    taken = [part for part in (*indices, *whole) if part is not None]
+    if taken[value.place] != slice(None):
+        return NotImplemented
+    # The axes that come out, by the axis that went in; -1 for new ones.
+    numbers = iter(range(len(taken)))
+    origins = [-1 if part is None else next(numbers) for part in (*indices, *whole)]
+    left = [origin for origin in origins if origin < 0 or not isinstance(taken[origin], int)]
+    return replace(value, axis=left.index(value.place) - len(left), ndim=len(left))
 
 
 # fmt: off
@@ -540,6 +545,7 @@ RULES: dict[str, Callable] = {
     **{name: _pool(k) for name, k in POOLS.items()},
     **dict.fromkeys(("interpolate", "upsample"), _resize),
     **dict.fromkeys(("add", "sub", "subtract", "iadd", "isub"), _sum),
+    **dict.fromkeys(("maximum", "minimum"), _sum),
     **dict.fromkeys(("mul", "multiply", "imul"), _product),
     **dict.fromkeys(("div", "divide", "truediv", "itruediv"), _quotient),
     **dict.fromkeys(("clamp", "clip"), _clamp),

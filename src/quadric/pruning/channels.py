@@ -116,7 +116,8 @@ def _trace(model: nn.Module, training: bool) -> tuple[fx.Graph, dict[str, str]]:
 
 
 def _one_line(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:120]}"
+    said = " ".join(str(error).split())
+    return f"{type(error).__name__}: {said if len(said) <= 100 else said[:99] + '…'}"
 
 
 # ----------------------------------------------------------------------------------------------------------- the walk
@@ -154,15 +155,21 @@ class Reader(Ledger):
         else:
             who = str(getattr(node.target, "__name__", node.target))
             rule = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(who)
-        in_place = node.op == "call_method" and who.endswith("_") and not node.users  # others read its argument
-        if rule is not None and not in_place and _fits(rule, self, args, kwargs):
+        in_place = node.op == "call_method" and who.endswith("_")
+        alone = in_place and not node.users  # what it changes is read by another name
+        if rule is not None and not alone and _fits(rule, self, args, kwargs):
             found = rule(self, *args, **kwargs)
+            if in_place and isinstance(found, Signal) and found.restless:
+                self.fix(found, f"{who} changes them in place")  # which views of the same memory do not tell
             if found is not NotImplemented:
                 return found
         inputs = args[2:] if node.op == "call_module" else args
         self.fix((inputs, kwargs), f"{who} reads them, which is not understood")
         if node.op == "call_module" and who not in opaque:
-            reason = f"{who} ({type(args[0]).__name__}) is not understood"
+            why = (
+                "is not understood" if _as_written(args[0]) else "has a hook, a parametrisation or a forward of its own"
+            )
+            reason = f"{who} ({type(args[0]).__name__}) {why}"
             self.untouchable |= {self.names[id(p)]: reason for p in args[0].parameters()}
         return Signal()
 

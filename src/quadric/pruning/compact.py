@@ -50,9 +50,12 @@ def compact(model: nn.Module, masks: Mapping[str, Tensor]) -> tuple[nn.Module, t
     spaces = channel_spaces(model)
     dead, notes = _dead(spaces, alive)
     if not any(bool(gone.any()) for gone in dead):
+        fixed = "; ".join(f"{_names(space)}: {space.fixed}" for space in spaces)
         why = "; ".join(notes) or (
             "no channel is zero in all layers that make it, with its bias and its batch norm: prune with "
             "pattern='channel'"
+            if any(space.removable for space in spaces)
+            else f"none of its channels may be removed ({fixed or 'it has no layers'})"
         )
         raise ValueError(f"this model cannot shrink: {why}")
     kept: dict[tuple[str, int], Tensor] = {}
@@ -114,10 +117,13 @@ def _notes(spaces: Sequence[Space], dead: Sequence[Tensor], alive: Mapping[str, 
         idle = ~_any(space, _makers(space), alive)
         left = int((idle & ~gone).sum())
         if left:
-            names = ", ".join(slices.name for slices in space.producers[:3])
-            names += f" and {len(space.producers) - 3} more" if len(space.producers) > 3 else ""
             why = space.fixed or space.uncut or "a layer needs one channel at least"
-            yield f"{left} of {space.count} {space.kind}s of {names} are zero and stay: {why}"
+            yield f"{left} of {space.count} {space.kind}s of {_names(space)} are zero and stay: {why}"
+
+
+def _names(space: Space) -> str:
+    shown = ", ".join(slices.name for slices in space.producers[:3])
+    return shown + (f" and {len(space.producers) - 3} more" if len(space.producers) > 3 else "")
 
 
 def _makers(space: Space) -> tuple[Slices, ...]:
