@@ -240,10 +240,16 @@ def test_differentiable_gradients_stay_differentiable():
 
 
 def test_scaled_gradients_schedules_and_wrappers():
-    class Wrapper:
+    class Wrapper(torch.optim.Optimizer):  # as accelerate's: an optimizer without hooks of its own
         def __init__(self, optimizer):
             self.optimizer = optimizer
-            self.step = optimizer.step
+
+        @property
+        def param_groups(self):
+            return self.optimizer.param_groups
+
+        def step(self, closure=None):
+            return self.optimizer.step(closure)
 
     model = network()
     inner = torch.optim.Adam(model.parameters(), 0.1, weight_decay=0.1)
