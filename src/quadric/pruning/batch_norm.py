@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from quadric.pruning.gradients import LossFunction
+
 __all__ = ["reestimate_batch_norm"]
 
 
 @torch.no_grad()
-def reestimate_batch_norm(
-    model: nn.Module, batches: Iterable[Any], loss_fn: Callable[[nn.Module, Any], Any]
-) -> nn.Module:
+def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], loss_fn: LossFunction) -> nn.Module:
     r"""Gather the running statistics of batch normalisation afresh, as plain averages over batches.
 
     .. math::
