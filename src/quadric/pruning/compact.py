@@ -101,8 +101,9 @@ def _dead(spaces: Sequence[Space], alive: dict[str, Tensor]) -> tuple[list[Tenso
             new = gone | ~_any(space, _makers(space), alive)
             if space.consumers:
                 new |= ~_any(space, space.consumers, alive)
-            if bool(new.all()):
-                new[(~gone).nonzero()[0]] = False
+            for slices in _all(space):  # of which each keeps one channel, though others are tied to more
+                if bool(_at(slices, new).all()):
+                    new[slices.units[~_at(slices, gone)][0]] = False
             if bool((new & ~gone).any()):
                 gone |= new
                 changed = True
