@@ -44,21 +44,39 @@ MAY_IMPORT = {
     "pruning.weights": {"layers.targets"},
     "pruning.gradients": set(),
     "pruning.memory": set(),
+    "pruning.progress": set(),
     "pruning.evidence": {"matrix", "tiles", "pruning.memory"},
     "pruning.surgery": {"pruning.evidence"},
     "pruning.masks": set(),
-    "pruning.channels": set(),
+    "pruning.channel_atoms": set(),
+    "pruning.channel_rules": {"pruning.channel_atoms"},
+    "pruning.channels": {"pruning.channel_atoms", "pruning.channel_rules"},
     "pruning.compact": {"pruning.channels", "pruning.masks"},
     "pruning.export": {"pruning.masks"},
     "pruning.batch_norm": {"pruning.gradients"},
     "pruning.patterns": {"layers.targets", "pruning.channels", "pruning.weights"},
-    "pruning.prune": {"matrix", "tiles", "optimizer", "distributed", "backprop.walk", "layers.targets"}
-    | PRUNING - {"pruning.prune", "pruning.gradual"},
-    "pruning.gradual": {"optimizer", "pruning.masks", "pruning.prune", "pruning.gradients"},
-    "influence": {"matrix", "tiles", "optimizer", "pruning.weights", "pruning.gradients", "pruning.memory", "pruning.evidence"},
+    "pruning.result": {"pruning.compact", "pruning.export", "pruning.masks", "pruning.memory"},
+    "pruning.operation": {"matrix", "tiles", "optimizer", "distributed", "backprop.walk"}
+    | PRUNING - {"pruning.prune", "pruning.gradual", "pruning.batch_norm"},
+    "pruning.prune": {"matrix", "layers.targets"} | PRUNING - {"pruning.gradual", "pruning.batch_norm"},
+    "pruning.gradual": {"optimizer"} | PRUNING,
+    "influence": {
+        "matrix",
+        "tiles",
+        "optimizer",
+        "pruning.weights",
+        "pruning.gradients",
+        "pruning.memory",
+        "pruning.evidence",
+        "pruning.progress",
+    },
     "methods.__init__": METHODS,
     "verify": CORE | METHODS | {"backprop.walk"},
-    "__init__": CORE | METHODS | {"methods.__init__", "backprop.registry", "backprop.walk", "verify"} | PRUNING | {"influence"},
+    "__init__": CORE
+    | METHODS
+    | {"methods.__init__", "backprop.registry", "backprop.walk", "verify"}
+    | PRUNING
+    | {"influence"},
 }
 OUTSIDE = {"torch", *sys.stdlib_module_names}
 

@@ -14,7 +14,8 @@ from quadric.methods.mfac import MFAC, GradientWindow
 from quadric.optimizer import CurvatureOptimizer
 from quadric.pruning.batch_norm import reestimate_batch_norm
 from quadric.pruning.masks import Masks, hold_masks
-from quadric.pruning.prune import PruneResult, prune
+from quadric.pruning.prune import prune
+from quadric.pruning.result import PruneResult
 from quadric.verify import verify
 
 __all__ = [

@@ -217,9 +217,18 @@ class Dense(PSDMatrix):
         square = values.ndim in (2, 3) and values.shape[-1] == values.shape[-2]
         if not square or not torch.isfinite(values).all():
             raise ValueError(f"values must be finite (n, n) matrices, got {_shown(values)}: rows.T @ rows makes one")
-        self.damping = positive_damping(damping)
-        self.values = values.detach().clone().view(-1, *values.shape[-2:])
-        self.dim, self.device = self.values.shape[0] * self.values.shape[1], values.device
+        self._build(values.detach().clone().view(-1, *values.shape[-2:]), positive_damping(damping))
+
+    @classmethod
+    def of_blocks(cls, values: Tensor, damping: float) -> Dense:
+        """The same of finite blocks ``(blocks, n, n)`` that nobody will change: shared, not copied or looked at."""
+        self = cls.__new__(cls)
+        self._build(values, positive_damping(damping))
+        return self
+
+    def _build(self, values: Tensor, damping: float) -> None:
+        self.values, self.damping = values, damping
+        self.dim, self.device = values.shape[0] * values.shape[1], values.device
         self.dtype = torch.promote_types(values.dtype, torch.float32)
 
     @cached_property
@@ -259,7 +268,7 @@ class Dense(PSDMatrix):
 
     def restrict(self, kept: Tensor) -> Dense:  # noqa: D102
         sides = kept.view(self.values.shape[:2])
-        return Dense(self.values * sides.unsqueeze(1) * sides.unsqueeze(2), self.damping)
+        return Dense.of_blocks(self.values * (sides.unsqueeze(1) & sides.unsqueeze(2)), self.damping)
 
     def inverse_blocks(self, units: Tensor) -> Tensor:  # noqa: D102
         return _blocks_of(self._inverse, units.clamp_min(0), units).to(self.dtype)
@@ -364,8 +373,12 @@ class LowRank(PSDMatrix):
     @cached_property
     def _gram(self) -> Tensor:
         """``weight·R Rᵀ`` of each block."""
-        parts = [slab @ slab.mT for slab in self._slabs()]
-        return self.weight * self._tiles.total(torch.cat(parts))
+        if len(self._tiles.sizes) == 1:  # added up as they come: all tiles' together could be larger than the rows
+            total = torch.zeros(1, self.rank, self.rank, dtype=wide(self._rows), device=self.device)
+            for slab in self._slabs():
+                total += torch.bmm(slab, slab.mT).sum(0)
+            return self.weight * total
+        return self.weight * self._tiles.total(torch.cat([slab @ slab.mT for slab in self._slabs()]))
 
     @cached_property
     def _factor(self) -> Tensor:

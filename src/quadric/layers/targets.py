@@ -21,6 +21,7 @@ LEFT_ALONE: tuple[tuple[type[nn.Module] | tuple[type[nn.Module], ...], str], ...
     (nn.Bilinear, "it multiplies two inputs at once"),
     (nn.LayerNorm, "it scales and does not mix"),
 )
+IGNORED = "ignore names it"
 MIXING = (nn.Linear, _ConvNd, nn.MultiheadAttention)
 
 
@@ -83,7 +84,7 @@ def find_targets(
             unwanted = [choice for choice in ignored if _matches(choice, owners, name)]
             used.update(wanted, unwanted)
             if unwanted:
-                reason = "ignore names it"
+                reason = IGNORED
             elif not wanted and targets is not None:
                 reason = "targets does not name it"
             else:

@@ -18,6 +18,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -53,10 +54,11 @@ class Evidence(ABC):
 
     Args:
         tiles: The cut of the coordinates into blocks.
+        device: Where it is.
     """
 
-    def __init__(self, tiles: Tiles):
-        self.tiles = tiles
+    def __init__(self, tiles: Tiles, device: torch.device):
+        self.tiles, self.device = tiles, device
 
     @abstractmethod
     def sections(self) -> Iterator[Section]:
@@ -67,11 +69,11 @@ class Given(Evidence):
     """A matrix over all coordinates that somebody hands in."""
 
     def __init__(self, tiles: Tiles, matrix: PSDMatrix):
-        super().__init__(tiles)
+        super().__init__(tiles, matrix.device)
         self.matrix = matrix
 
     def sections(self) -> Iterator[Section]:  # noqa: D102
-        yield Section(slice(0, self.tiles.length), self.matrix, torch.ones(()), self.tiles.length)
+        yield Section(slice(0, self.tiles.length), self.matrix, torch.ones((), device=self.device), self.tiles.length)
 
 
 def on_the_diagonal(tiles: Tiles, values: Tensor, damping: float) -> Given:
@@ -90,7 +92,7 @@ class GradientRows(Evidence):
     """
 
     def __init__(self, tiles: Tiles, plan: Plan, damping: float, shrinkage: float):
-        super().__init__(tiles)
+        super().__init__(tiles, plan.device)
         self.damping, self.shrinkage, self.seen = damping, shrinkage, 0
         self.rows = torch.empty(tiles.count, plan.gradients, tiles.width, dtype=plan.dtype, device=plan.device)
 
@@ -118,7 +120,7 @@ class GradientRows(Evidence):
                 sums = part.new_empty(len(part), width, width, dtype=wide(part))
                 for slab, target in zip(slabs(part, wide(part)), sums.split(step), strict=True):
                     torch.bmm(slab.mT, slab, out=target)
-                matrix: PSDMatrix = _scaled_blocks(sums, weight, scale)
+                matrix: PSDMatrix = Dense.of_blocks(_scaled_(sums, weight, scale), 1.0)
             else:
                 blocks = len(part) if self.tiles.one_each else 1
                 tiles = Tiles([columns.stop - columns.start] if blocks == 1 else [width] * blocks, width)
@@ -138,35 +140,42 @@ class GradientBlocks(Evidence):
     """
 
     def __init__(self, tiles: Tiles, plan: Plan, damping: float, shrinkage: float):
-        super().__init__(tiles)
+        super().__init__(tiles, plan.device)
         self.damping, self.shrinkage, self.seen = damping, shrinkage, 0
         self.sums = torch.zeros(tiles.count, tiles.width, tiles.width, dtype=plan.dtype, device=plan.device)
-        self.waiting: list[Tensor] = []
+        self.waiting = torch.zeros(tiles.count, TOGETHER, tiles.width, dtype=torch.float32, device=plan.device)
 
     def add(self, gradient: Tensor) -> None:
         """Learn from a gradient, ``(dim,)``."""
-        self.waiting.append(gradient)
+        self.waiting[:, self.seen % TOGETHER] = self.tiles.cut(self.tiles.pad(gradient))
         self.seen += 1
-        if len(self.waiting) == TOGETHER:
-            self._sum()
+        if self.seen % TOGETHER == 0:
+            self._sum(TOGETHER)
 
-    def _sum(self) -> None:
-        if self.waiting:
-            rows = self.tiles.cut(self.tiles.pad(torch.stack(self.waiting))).to(self.sums.dtype)
-            self.sums.baddbmm_(rows.mT, rows)
-            self.waiting = []
+    def _sum(self, count: int) -> None:
+        rows = self.waiting[:, :count]
+        for slab, sums in zip(slabs(rows, self.sums.dtype), self.sums.split(slab_tiles(rows)), strict=True):
+            sums.baddbmm_(slab.mT, slab)
+
+    @cached_property
+    def scale(self) -> Tensor:
+        """D^(1/2) of all tiles, ``(tiles, width)``; from now on the sums are in scaled coordinates."""
+        if rest := self.seen % TOGETHER:
+            self._sum(rest)
+        squares = self.sums.diagonal(dim1=1, dim2=2)
+        scale = (self.damping + squares * (self.shrinkage / self.seen)).sqrt()
+        _scaled_(self.sums, (1 - self.shrinkage) / self.seen, scale)
+        return scale
 
     def sections(self) -> Iterator[Section]:  # noqa: D102
-        self._sum()
         width = self.tiles.width
         some = max(1, WORK // (48 * width**2))
         for first in range(0, self.tiles.count, some):
-            sums = self.sums[first : first + some]
-            squares = sums.diagonal(dim1=1, dim2=2)
-            scale = (self.damping + squares * (self.shrinkage / self.seen)).sqrt()
-            matrix = _scaled_blocks(sums, (1 - self.shrinkage) / self.seen, scale)
-            yield Section(slice(first * width, (first + len(sums)) * width), matrix, scale.flatten(), width)
+            scale = self.scale[first : first + some]
+            matrix = Dense.of_blocks(self.sums[first : first + some], 1.0)
+            yield Section(slice(first * width, (first + len(scale)) * width), matrix, scale.flatten(), width)
 
 
-def _scaled_blocks(sums: Tensor, weight: float, scale: Tensor) -> Dense:
-    return Dense(weight * sums / (scale.unsqueeze(1) * scale.unsqueeze(2)), 1.0)
+def _scaled_(sums: Tensor, weight: float, scale: Tensor) -> Tensor:
+    """``weight · sums`` with both sides divided by the scale, in place."""
+    return sums.div_(scale.unsqueeze(1)).mul_(weight / scale.unsqueeze(2))

@@ -14,7 +14,8 @@ from torch.optim import Optimizer
 from quadric.optimizer import require
 from quadric.pruning.gradients import LossFunction
 from quadric.pruning.masks import HeldMasks, Masks, hold_masks, optimizers_of
-from quadric.pruning.prune import PruneResult, prune
+from quadric.pruning.prune import prune
+from quadric.pruning.result import PruneResult
 from quadric.pruning.weights import find_weights
 
 __all__ = ["GradualPruner"]

@@ -10,7 +10,7 @@ import torch
 
 __all__ = ["Plan", "available_bytes", "plan_memory"]
 
-VECTORS = 80  # bytes a weight for everything that is as long as the weights: values, costs, their order, an update
+VECTORS = 200  # bytes a weight for everything that is as long as the weights: values, costs, their order, an update
 WORK = 2**30  # bytes for the small matrices of as many blocks as are worked on at a time
 SPARE = 0.95  # of what is available may be used
 
@@ -82,7 +82,7 @@ def plan_memory(
         there = available_bytes(place)
         for kind in types:
             columns = block_size if by_block and block_size is not None else gradients
-            work = VECTORS * dim + min(WORK, 64 * dim * gradients)
+            work = (VECTORS + 128 * by_block) * dim + min(WORK, 64 * dim * gradients)
             plan = Plan(dim, gradients, by_block, kind, place, dim * columns * kind.itemsize, work, there)
             plans.append(plan)
             if there is None or plan.window_bytes + plan.work_bytes <= SPARE * there:

@@ -84,15 +84,17 @@ def remove_(evidence: Evidence, unit: Tensor, weights: Tensor, kept: Tensor, gon
     """
     rise = torch.zeros((), dtype=weights.dtype, device=weights.device)
     for section in evidence.sections():
-        columns, out = section.columns, gone[section.columns]
-        w, matrix = weights[columns] * section.scale, section.matrix.restrict(kept[columns])
+        columns, matrix = section.columns, section.matrix
+        out, alive = gone[columns], kept[columns]
+        w = weights[columns] * section.scale
         if update == "joint":
-            move = matrix.complete(-w, out)
+            move = matrix.complete(-w, out | ~alive)  # what went before is zero and stays so
         elif update == "single":
+            rest = matrix.restrict(alive)
             units, _ = pieces(torch.where(out, unit[columns], -1), section.block)
             forces = torch.zeros_like(w)
-            forces[units[units >= 0]] = matrix.multipliers(w, units)[units >= 0]
-            move = torch.where(out, -w, -matrix.solve(forces))
+            forces[units[units >= 0]] = rest.multipliers(w, units)[units >= 0]
+            move = torch.where(out, -w, -rest.solve(forces))
         else:
             move = torch.where(out, -w, 0)
         rise += matrix.quad(move) / 2

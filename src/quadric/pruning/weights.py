@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
 from torch.nn.parameter import is_lazy
 
-from quadric.layers.targets import Choice, find_targets
+from quadric.layers.targets import IGNORED, Choice, find_targets
 
 __all__ = ["Weights", "find_weights"]
 
@@ -122,16 +122,21 @@ def find_weights(model: nn.Module, targets: Choice, ignore: Choice) -> Weights:
     names = {id(p): name for name, p in model.named_parameters()}
     found: dict[str, tuple[nn.Parameter, nn.Module]] = {}
     left_alone = {}
+    ignored = set()  # a weight that is tied to an ignored one is the same weight
     for target in find_targets(model, targets, ignore, judged):
         owner_path, _, attribute = target.path.rpartition(".")
         owner = target.module.get_submodule(owner_path)
         p, reason = owner._parameters.get(attribute), target.reason
         if p is None and not reason:
             reason = "a parametrization computes it: remove that first, then prune"
+        if p is not None and not p.numel() and not reason:
+            reason = "it holds no numbers"
         if reason:
             left_alone[target.name] = reason
+            ignored |= {id(p)} if reason == IGNORED else set()
         elif p is not None:
             found.setdefault(names[id(p)], (p, owner))
+    found = {name: place for name, place in found.items() if id(place[0]) not in ignored}
     left_alone = {name: reason for name, reason in left_alone.items() if name not in found}
     if not found:
         told = _told(left_alone) or "it has no weight of two axes"
