@@ -35,17 +35,24 @@ LOOKS: dict[str, tuple[str, plots.Style, str, bool, str]] = {
         plots.Style("ours-0"),
         "o",
         True,
-        "removes where w²/(2[F⁻¹]ᵢᵢ) is small, F from gradients, and moves all that stay by the exact step of optimal "
-        "brain surgeon for the whole removed set",
+        "chooses as Fisher does, and moves what stays by the exact step of optimal brain surgeon for the whole removed "
+        "set",
     ),
     "single": (
         "single updates",
         plots.Style("ours-1"),
         "s",
         True,
-        "the same choice; moves what stays by the sum of the steps for one removed weight each, as in M-FAC’s paper",
+        "chooses as Fisher does, and moves what stays by the sum of the steps for each removed weight alone, as in "
+        "M-FAC’s paper",
     ),
-    "fisher": ("Fisher without update", plots.Style("ours-2"), "^", False, "the same choice; moves nothing"),
+    "fisher": (
+        "Fisher without update",
+        plots.Style("ours-2"),
+        "^",
+        False,
+        "removes where w²/(2[F⁻¹]ᵢᵢ) is small, F the mean of ggᵀ over gradients g; moves nothing",
+    ),
     "obd": (
         "optimal brain damage",
         plots.Style("ours-3"),
@@ -437,7 +444,7 @@ def _method(results: dict[str, Any]) -> str:
     after += [f"{_epochs(results['finetune'])} of AdamW with the masks held"] if results["finetune"] else []
     facts = {
         "Model": report.text(results["description"]),
-        "Start": "Every run starts from the same dense weights and removes its share at once.",
+        "Start": "Every run starts from the same dense weights; none continues another one’s.",
         "Gradients": report.text(f"{gradients}, of training data; the metric is of data that no gradient saw."),
         "Seeds": report.text(f"{', '.join(map(str, results['seeds']))}: the batches that the gradients are of"),
         "Options": report.text(told),
