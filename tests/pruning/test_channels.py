@@ -284,7 +284,7 @@ def test_stream_under_layer_norms_is_fixed_and_the_wide_layer_is_not():
     wide = space_of(model, "blocks.0.wide.weight")
     assert wide.removable
     assert shown(wide.consumers) == {("blocks.0.narrow.weight", 1): list(range(32))}
-    assert space_of(model, "blocks.0.qkv.weight").fixed == "view reads them, which is not understood"
+    assert space_of(model, "blocks.0.qkv.weight").fixed == "view in blocks.0 reads them, which is not understood"
 
 
 def test_model_that_cannot_be_traced_has_the_rows_of_its_layers():
@@ -382,11 +382,44 @@ def test_arguments_with_a_default_have_it():
 
 
 def test_model_is_left_as_it_was():
-    model = net(
-        lambda self, x: self.read(self.conv(x) * torch.ones(2, 1, 1)), conv=nn.Conv2d(1, 2, 1), read=nn.Conv2d(2, 1, 1)
-    )
-    model.conv.eval()
-    before = set(vars(model))
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls = 0
+            self.register_buffer("total", torch.zeros(()))
+
+        def forward(self, x):
+            self.calls += 1
+            self.total.add_(1)
+            return x * torch.ones(2, 1, 1)
+
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), Counting(), nn.Conv2d(2, 1, 1))
+    model[0].eval()
+    before = [set(vars(module)) for module in model.modules()]
     channel_spaces(model)
-    assert set(vars(model)) == before
-    assert (model.training, model.conv.training, model.read.training) == (True, False, True)
+    assert [set(vars(module)) for module in model.modules()] == before
+    assert (model.training, model[0].training, model[2].training) == (True, False, True)
+    assert (model[1].calls, float(model[1].total)) == (0, 0.0)
+
+
+def test_learnt_input_of_a_layer_is_not_understood():
+    model = net(
+        lambda self, x: self.read(self.first(self.query)) + x,
+        first=nn.Linear(2, 3),
+        query=nn.Parameter(torch.ones(4, 2)),
+        read=nn.Linear(3, 1),
+    )
+    assert space_of(model, "first.weight").fixed == "first (Linear) is not understood"
+    assert space_of(model, "query").fixed == "first reads them, which is not understood"
+
+
+def test_table_of_which_rows_are_taken_joins_the_stream():
+    model = net(
+        lambda self, x: self.read(self.first(x) + self.places[: x.shape[1]]),
+        first=nn.Linear(2, 3),
+        places=nn.Parameter(torch.ones(5, 3)),
+        read=nn.Linear(3, 1),
+    )
+    space = space_of(model, "places")
+    assert space.removable
+    assert shown(space.producers) == {("first.weight", 0): [0, 1, 2], ("places", 1): [0, 1, 2]}

@@ -253,7 +253,7 @@ def _restless(name: str) -> Callable:
 
 
 def _clamp(ledger: Ledger, input: Signal, min: Any = None, max: Any = None, inplace: bool = False) -> Any:
-    if not all(bound is None or isinstance(bound, (int, float)) for bound in (min, max)):
+    if not isinstance(input, Signal) or not all(isinstance(b, (int, float, type(None))) for b in (min, max)):
         return NotImplemented
     holds_zero = (min is None or min <= 0) and (max is None or max >= 0)
     return input if holds_zero else replace(input, restless="clamp")
@@ -374,7 +374,7 @@ def _reduce(ledger: Ledger, input: Any, dim: Any = None, keepdim: bool = False, 
 
 
 def _flatten(ledger: Ledger, input: Any, start_dim: int = 0, end_dim: int = -1) -> Any:
-    if not isinstance(input, Signal):
+    if not isinstance(input, Signal) or not isinstance(start_dim, int) or not isinstance(end_dim, int):
         return NotImplemented
     if input.ndim is None:
         if (start_dim, end_dim) != (1, -1) or (input.atoms is not None and (input.axis != -1 or input.spread)):
@@ -421,7 +421,9 @@ def _view(ledger: Ledger, input: Any, *shape: Any) -> Any:
 
 
 def _transpose(ledger: Ledger, input: Any, dim0: int, dim1: int) -> Any:
-    if not isinstance(input, Signal) or (input.ndim is None and (dim0 >= 0 or dim1 >= 0)):
+    if not isinstance(input, Signal) or not isinstance(dim0, int) or not isinstance(dim1, int):
+        return NotImplemented
+    if input.ndim is None and (dim0 >= 0 or dim1 >= 0):
         return NotImplemented
     one, other = (d if d < 0 else d - (input.ndim or 0) for d in (dim0, dim1))
     return replace(input, axis={one: other, other: one}.get(input.axis, input.axis))
@@ -438,7 +440,7 @@ def _permute(ledger: Ledger, input: Any, *dims: Any) -> Any:
 
 
 def _unsqueeze(ledger: Ledger, input: Any, dim: int) -> Any:
-    if not isinstance(input, Signal) or (input.ndim is None and dim >= 0):
+    if not isinstance(input, Signal) or not isinstance(dim, int) or (input.ndim is None and dim >= 0):
         return NotImplemented
     back = dim if dim < 0 else dim - (input.ndim or 0) - 1
     ndim = None if input.ndim is None else input.ndim + 1
@@ -451,6 +453,8 @@ def _squeeze(ledger: Ledger, input: Any, dim: Any = None) -> Any:
 
 def _chunk(ledger: Ledger, input: Any, chunks: int, dim: int = 0) -> Any:
     if not isinstance(input, Signal) or input.atoms is None or input.spread or not isinstance(chunks, int):
+        return NotImplemented
+    if not isinstance(dim, int):
         return NotImplemented
     axis = dim if dim < 0 or input.ndim is None else dim - input.ndim
     if axis >= 0 or (axis == input.axis and len(input.atoms) % chunks):
@@ -469,7 +473,9 @@ def _gate(ledger: Ledger, input: Any, dim: int = -1) -> Any:
 
 
 def _join(ledger: Ledger, tensors: Any, dim: Any = 0) -> Any:
-    if not tensors or not all(isinstance(t, Signal) and t.atoms is not None and not t.spread for t in tensors):
+    if not isinstance(tensors, (list, tuple)) or not all(
+        isinstance(t, Signal) and t.atoms is not None and not t.spread for t in tensors
+    ):
         return NotImplemented
     first = tensors[0]
     ndim = next((t.ndim for t in tensors if t.ndim is not None), None)

@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
 
-from quadric.pruning.channel_atoms import Ledger, Signal, Slices, Space, Weight
+from quadric.pruning.channel_atoms import Ledger, Signal, Slices, Space, Weight, parts
 from quadric.pruning.channel_rules import ATTENTION_WIDTH, FUNCTIONS, LAYERS, METHODS, MODULES, follow, heads, rows
 
 __all__ = ["Slices", "Space", "channel_spaces"]
@@ -96,23 +96,17 @@ class _Tracer(fx.Tracer):
 
 
 def _trace(model: nn.Module, training: bool) -> tuple[fx.Graph, dict[str, str]]:
-    # The tracer hangs constants on its root, so the root is a shallow copy, which shares all submodules and tensors.
+    # A forward may count, and change buffers, so it runs on a copy, which shares the parameters.
     if "forward" in vars(model):
         raise TypeError("its forward has been replaced")
-    root = copy.copy(model)
-    modules = [root, *itertools.islice(model.modules(), 1, None)]
-    before = [module.training for module in modules]
+    root = copy.deepcopy(model, {id(p): p for p in model.parameters()})
+    for module in root.modules():
+        module.training = training
     usual = {p.name: p.default for p in inspect.signature(root.forward).parameters.values() if p.default is not p.empty}
     tracer = _Tracer()
-    try:
-        for module in modules:
-            module.training = training
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Was not able to add assertion")  # for defaults such as a string
-            return tracer.trace(root, concrete_args=usual or None), tracer.opaque
-    finally:
-        for module, mode in zip(modules, before, strict=True):
-            module.training = mode
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Was not able to add assertion")  # for defaults such as a string
+        return tracer.trace(root, concrete_args=usual or None), tracer.opaque
 
 
 def _one_line(error: Exception) -> str:
@@ -150,13 +144,14 @@ class Reader(Ledger):
         """What an operation makes of its arguments."""
         if node.op == "call_module":
             module, who = self.modules[str(node.target)], str(node.target)
-            rule = MODULES.get(type(module)) if _as_written(module) else None
+            plain = _as_written(module) and not any(isinstance(part, Weight) for part in parts((args, kwargs)))
+            rule = MODULES.get(type(module)) if plain else None
             args = (module, who, *args)
         else:
             who = str(getattr(node.target, "__name__", node.target))
             rule = FUNCTIONS.get(node.target) if node.op == "call_function" else METHODS.get(who)
-        in_place = node.op == "call_method" and who.endswith("_")
-        alone = in_place and not node.users  # what it changes is read by another name
+        in_place = node.op != "call_module" and (who.endswith("_") or who in {"iadd", "isub"} or kwargs.get("inplace"))
+        alone = node.op == "call_method" and in_place and not node.users  # what it changes is read by another name
         if rule is not None and not alone and _fits(rule, self, args, kwargs):
             found = rule(self, *args, **kwargs)
             if in_place and isinstance(found, Signal) and found.restless:
@@ -164,7 +159,9 @@ class Reader(Ledger):
             if found is not NotImplemented:
                 return found
         inputs = args[2:] if node.op == "call_module" else args
-        self.fix((inputs, kwargs), f"{who} reads them, which is not understood")
+        stack = list(node.meta.get("nn_module_stack", {}).values())
+        where = f" in {stack[-1][0]}" if stack and node.op != "call_module" else ""
+        self.fix((inputs, kwargs), f"{who}{where} reads them, which is not understood")
         if node.op == "call_module" and who not in opaque:
             why = (
                 "is not understood" if _as_written(args[0]) else "has a hook, a parametrisation or a forward of its own"
