@@ -282,7 +282,8 @@ def sampled_loss(outputs: Tensor, kind: str = "categorical", *, generator: torch
     """
     if kind == "categorical" and not outputs.ndim:
         raise ValueError("outputs of shape () are no logits: pass one for each class along the last axis")
-    if outputs.numel() == 0 or not bool(torch.isfinite(outputs).all()):
+    looks = not torch._C._are_functorch_transforms_active()  # where a value may not decide anything
+    if outputs.numel() == 0 or (looks and not bool(torch.isfinite(outputs).all())):
         found = "no number" if outputs.numel() == 0 else outputs[~torch.isfinite(outputs)][0].item()
         raise ValueError(
             f"outputs of shape {tuple(outputs.shape)} hold {found}: no label can be sampled, skip this batch"

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
+from quadric.layers.intercept import left_to_torch
+
 __all__ = ["LossFunction", "evaluating", "example_gradients", "losses", "mean_gradients"]
 
 LossFunction = Callable[[Any, Any], Tensor]
@@ -19,14 +21,21 @@ CHUNK = 2**27  # bytes of gradients of single examples that are formed at a time
 
 @contextmanager
 def evaluating(model: nn.Module, params: Sequence[nn.Parameter]) -> Iterator[None]:
-    """The model in evaluation mode and the parameters asking for gradients, as long as the block lasts."""
+    """The model in evaluation mode and the parameters asking for gradients, as long as the block lasts.
+
+    Raises:
+        RuntimeError: if there can be none, in inference mode.
+    """
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError("gradients are needed and inference mode is on: leave torch.inference_mode() before")
     training = [module for module in model.modules() if module.training]
     frozen = [p for p in params if not p.requires_grad]
     try:
         model.eval()
         for p in frozen:
             p.requires_grad_(True)
-        with torch.enable_grad():
+        # What conditions gradients for an optimizer says nothing about the loss.
+        with torch.enable_grad(), left_to_torch(model):
             yield
     finally:
         for module in training:
@@ -108,6 +117,7 @@ def example_gradients(
             raise ValueError(
                 f"per_example takes batches of tensors with one first axis, got {shapes}: set per_example=False"
             )
+        next(losses(model, loss_fn, iter([_rows(batch, slice(0, 1), drop=True)])))  # what is wrong with it is said here
         for start in range(0, counts.pop(), some):
             part = _rows(batch, slice(start, start + some))
             mapped_axes = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, part)
@@ -124,9 +134,9 @@ def example_gradients(
             yield from (list(row) for row in rows)
 
 
-def _rows(batch: Any, rows: slice) -> Any:
-    """Some examples of a batch, each a batch of one: the axis that is mapped over comes first."""
-    return tree_map(lambda x: x[rows].unsqueeze(1) if isinstance(x, Tensor) else x, batch)
+def _rows(batch: Any, rows: slice, drop: bool = False) -> Any:
+    """Some examples of a batch, each a batch of one behind an axis to map over; with ``drop``, as a batch."""
+    return tree_map(lambda x: (x[rows] if drop else x[rows].unsqueeze(1)) if isinstance(x, Tensor) else x, batch)
 
 
 class _Loss(nn.Module):

@@ -19,6 +19,8 @@ __all__ = ["Pattern", "Scope", "find_pattern"]
 Scope = Literal["global", "layer"]
 KINDS = "'unstructured', 'N:M' with 0 < N < M such as '2:4', 'block:RxC' such as 'block:1x4', or 'channel'"
 
+UNTRACED = "cannot be traced"  # in the reason why a space is not understood
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -124,7 +126,7 @@ def find_pattern(
     elif text == "unstructured":
         pattern = Pattern(torch.arange(weights.dim), _owner(weights))
     elif text == "channel":
-        weights, pattern = _channels(weights, model)
+        weights, pattern = _channels(weights, model, targets)
     else:
         raise ValueError(f"pattern must be one of {KINDS}, got {text!r}: choose one of these")
     if scope == "global":
@@ -145,9 +147,11 @@ def _cells(weights: Weights, most: int, size: int, sparsity: float) -> tuple[Wei
         )
     reasons, cells, start = {}, [], 0
     for name, p, module in zip(weights.names, weights.params, weights.owners, strict=True):
-        inputs = 0 if isinstance(module, _ConvTransposeNd) else 1
-        if p.shape[inputs] % size:
-            reasons[name] = f"its {p.shape[inputs]} inputs are no multiple of {size}"
+        inputs, together = 1, p.shape[1]
+        if isinstance(module, _ConvTransposeNd):
+            inputs, together = 0, module.in_channels // module.groups
+        if together % size:
+            reasons[name] = f"its {together} inputs are no multiple of {size}"
         else:
             cells.append((start + torch.arange(p.numel()).view(p.shape)).movedim(inputs, -1).reshape(-1, size))
             start += p.numel()
@@ -168,12 +172,16 @@ def _blocks(weights: Weights, rows: int, columns: int) -> Pattern:
     return Pattern(torch.cat(units), torch.cat(pools))
 
 
-def _channels(weights: Weights, model: nn.Module) -> tuple[Weights, Pattern]:
+def _channels(weights: Weights, model: nn.Module, targets: Choice) -> tuple[Weights, Pattern]:
     """Units are channels with all that makes and follows them: rows of weights, biases, batch norms."""
     given = dict(zip(weights.names, weights.params, strict=True))
     spaces = channel_spaces(model, given)
-    reasons = {piece.name: space.fixed for space in spaces if not space.removable for piece in space.producers}
-    taken = [space for space in spaces if space.removable]
+    blind = UNTRACED if targets is None else ""  # whoever names layers of a network that cannot be traced knows it
+    why = [space.fixed or (space.uncut if blind and blind in space.uncut else "") for space in spaces]
+    taken = [space for space, reason in zip(spaces, why, strict=True) if not reason]
+    reasons = {
+        piece.name: reason for space, reason in zip(spaces, why, strict=True) if reason for piece in space.producers
+    }
     weights = weights.without({name: reason for name, reason in reasons.items() if name in given})
     slices = [
         (number, piece)

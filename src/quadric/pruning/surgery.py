@@ -62,6 +62,8 @@ def pieces(unit: Tensor, block: int) -> tuple[Tensor, Tensor]:
                 [ 3, -1]]), tensor([7, 7]))
     """
     place = (unit >= 0).nonzero().flatten()
+    if bool((unit[place].diff() > 0).all()):  # each unit has one
+        return place.unsqueeze(1), unit[place]
     label, order = torch.sort(unit[place] * (len(unit) // block + 1) + place // block, stable=True)
     _, piece, counts = torch.unique_consecutive(label, return_inverse=True, return_counts=True)
     starts = counts.cumsum(0) - counts
