@@ -29,7 +29,7 @@ from quadric.tiles import Tiles, slab_tiles, slabs, wide
 
 __all__ = ["Evidence", "Given", "GradientBlocks", "GradientRows", "Section", "on_the_diagonal"]
 
-TOGETHER = 32  # gradients that are added to sums of outer products in one product
+TOGETHER = 16  # gradients that are added to sums of outer products in one product
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ class GradientBlocks(Evidence):
         super().__init__(tiles, plan.device)
         self.damping, self.shrinkage, self.seen = damping, shrinkage, 0
         self.sums = torch.zeros(tiles.count, tiles.width, tiles.width, dtype=plan.dtype, device=plan.device)
-        self.waiting = torch.zeros(tiles.count, TOGETHER, tiles.width, dtype=torch.float32, device=plan.device)
+        self.waiting = torch.zeros(tiles.count, TOGETHER, tiles.width, dtype=plan.dtype, device=plan.device)
 
     def add(self, gradient: Tensor) -> None:
         """Learn from a gradient, ``(dim,)``."""
