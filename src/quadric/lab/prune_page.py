@@ -437,8 +437,8 @@ def _method(results: dict[str, Any]) -> str:
     options = results["options"]
     gradients = f"{options['num_grads']} in each of {options['rounds']} rounds" if options["rounds"] > 1 else ""
     gradients = gradients or f"{options['num_grads']}"
-    gradients += ", of single examples" if options["per_example"] else ", of mini-batches"
-    gradients += "" if results["batch_size"] is None else f" of {results['batch_size']} examples"
+    size = "" if results["batch_size"] is None else f" of {results['batch_size']} examples"
+    gradients += ", of single examples" if options["per_example"] else f", of mini-batches{size}"
     told = ", ".join(f"{key} {_option(given)}" for key, given in options.items() if given is not None)
     after = ["statistics of batch norm estimated again"] if results["batch_norm"] else []
     after += [f"{_epochs(results['finetune'])} of AdamW with the masks held"] if results["finetune"] else []
