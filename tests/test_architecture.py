@@ -54,7 +54,7 @@ MAY_IMPORT = {
     "pruning.compact": {"pruning.channels", "pruning.masks"},
     "pruning.export": {"pruning.masks"},
     "pruning.batch_norm": {"pruning.gradients"},
-    "pruning.patterns": {"layers.targets", "pruning.channels", "pruning.weights"},
+    "pruning.patterns": {"optimizer", "layers.targets", "pruning.channels", "pruning.weights"},
     "pruning.result": {"pruning.compact", "pruning.export", "pruning.masks", "pruning.memory"},
     "pruning.operation": {"matrix", "tiles", "optimizer", "distributed", "backprop.walk"}
     | PRUNING - {"pruning.prune", "pruning.gradual", "pruning.batch_norm"},

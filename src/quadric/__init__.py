@@ -13,6 +13,7 @@ from quadric.methods.isaac import ISAAC, InputMoment, isaac, relative
 from quadric.methods.mfac import MFAC, GradientWindow
 from quadric.optimizer import CurvatureOptimizer
 from quadric.pruning.batch_norm import reestimate_batch_norm
+from quadric.pruning.gradual import GradualPruner
 from quadric.pruning.masks import Masks, hold_masks
 from quadric.pruning.prune import prune
 from quadric.pruning.result import PruneResult
@@ -31,6 +32,7 @@ __all__ = [
     "Diagonal",
     "Ginger",
     "GradientWindow",
+    "GradualPruner",
     "HeaviestDirections",
     "HessianDiagonal",
     "InputMoment",

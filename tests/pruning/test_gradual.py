@@ -206,7 +206,7 @@ def test_it_prints_where_it_is():
         ({"schedule": "linear"}, "'cubic' or 'geometric', got 'linear'"),
         ({"num_grad": 3}, "prune has no option 'num_grad': choose among"),
         ({"batches": iter([])}, "batches is a list_iterator that ends once"),
-        ({"pattern": "1:4"}, r"1:4 removes 0\.75 of the weights or more, and the first pruning is to remove 0\.563"),
+        ({"pattern": "1:10"}, r"1:10 removes at least 0\.9 of the weights, and sparsity is 0\.8"),
         ({"masks": {"9.weight": torch.ones(1).bool()}}, "'9.weight', which is no parameter"),
     ],
 )
@@ -214,6 +214,15 @@ def test_schedules_that_cannot_be_followed(options, sentence):
     model = network()
     with pytest.raises(ValueError, match=sentence):
         pruner_of(model, adam(model), **options)
+
+
+def test_cells_lose_their_weights_bit_by_bit_and_are_exact_at_the_end():
+    model = network()
+    optimizer = adam(model)
+    pruner = pruner_of(model, optimizer, sparsity=0.5, pattern="5:10", initial=0.2, schedule="geometric")
+    kept = []
+    train(model, optimizer, range(10), lambda: pruner.step() and kept.append((model[4].weight != 0).sum(1).tolist()))
+    assert kept == [[8] * 4, [7] * 4, [6] * 4, [5] * 4]  # of ten: 0.2, 0.32, 0.41 and 0.5 of them gone, rounded
 
 
 def test_strangers_are_refused():

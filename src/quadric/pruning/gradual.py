@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import inspect
 import math
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal
 
@@ -14,14 +13,14 @@ from torch.optim import Optimizer
 from quadric.optimizer import require
 from quadric.pruning.gradients import LossFunction
 from quadric.pruning.masks import HeldMasks, Masks, hold_masks, optimizers_of
+from quadric.pruning.patterns import find_pattern
 from quadric.pruning.prune import prune
 from quadric.pruning.result import PruneResult
-from quadric.pruning.weights import find_weights
 
 __all__ = ["GradualPruner"]
 
 Schedule = Literal["cubic", "geometric"]
-OPTIONS = inspect.signature(prune).parameters.keys() - {"model", "sparsity"}
+OPTIONS = inspect.signature(prune).parameters.keys() - {"model", "sparsity", "final", "masks"}
 
 
 class GradualPruner:
@@ -114,7 +113,6 @@ class GradualPruner:
         self._final, self._initial, self._schedule = sparsity, initial, schedule
         self._start, self._end, self._every = start, end, every
         self._steps = self._served = 0
-        self._refuse_pattern()
         self._refuse_weights()
         self._held: HeldMasks | None = None
         self._hold(Masks.of(model, masks or {}))
@@ -145,6 +143,7 @@ class GradualPruner:
                 batches=self._batches,
                 loss_fn=self._loss_fn,
                 masks=self.masks,
+                final=self._final,
                 **self._options,
             )
             self._hold(result.masks)
@@ -213,19 +212,11 @@ class GradualPruner:
         removed = sum(mask.numel() - int(mask.sum()) for mask in masks.values())
         self._sparsity = removed / max(1, sum(mask.numel() for mask in masks.values()))
 
-    def _refuse_pattern(self) -> None:
-        cell = re.fullmatch(r"(\d+):(\d+)", str(self._options.get("pattern", "")))
-        levels = (self._level(self._point(number)) for number in range(self._due(self._end)))
-        first = next(level for level in levels if level > 0)
-        if cell and first < 1 - int(cell[1]) / int(cell[2]):
-            raise ValueError(
-                f"pattern {cell[0]} removes {1 - int(cell[1]) / int(cell[2]):g} of the weights or more, and the first "
-                f"pruning is to remove {first:.3g}: raise initial, or prune once and hold the masks"
-            )
-
     def _refuse_weights(self) -> None:
         owned = {id(p) for each in self._optimizer for group in each.param_groups for p in group["params"]}
-        weights = find_weights(self._model, self._options.get("targets"), self._options.get("ignore"))
+        given = {name: self._options.get(name) for name in ("targets", "ignore")}
+        pattern, scope = self._options.get("pattern", "unstructured"), self._options.get("scope", "global")
+        weights, _ = find_pattern(pattern, scope, self._final, self._model, **given)
         for name, p in zip(weights.names, weights.params, strict=True):
             if id(p) not in owned:
                 raise ValueError(

@@ -156,7 +156,10 @@ class Operation:
         """All rounds; the model has its new weights after each."""
         request = self.request
         steps, done, density = request.rounds * request.parts, 0, float(self.kept.double().mean())
-        for _ in range(request.rounds):
+        if not bool(self.kept.all()):  # before the first gradient
+            flat = self.weights.flatten(self.weights.params, self.device)
+            self.weights.write(torch.where(self.kept, flat, 0))
+        for _ in range(request.rounds if bool(self.kept.any()) else 0):
             # Blocks are cut anew from the weights that are left: neighbours that are gone would only take their room.
             self.left = (
                 torch.arange(len(self.kept), device=self.device) if self._given else self.kept.nonzero().flatten()
@@ -165,7 +168,7 @@ class Operation:
             tiles = evidence.tiles
             kept, unit = tiles.pad(self.kept[self.left]), tiles.pad(self.pattern.unit[self.left] + 1) - 1
             flat = self.weights.flatten(self.weights.params, self.device).to(wide(kept))
-            values = torch.where(kept, tiles.pad(flat[self.left]), 0)
+            values = tiles.pad(flat[self.left])
             for _ in range(request.parts):
                 done += 1
                 # The density shrinks by one factor from step to step, and reaches the last weight exactly.
@@ -179,7 +182,6 @@ class Operation:
                 self.rise += remove_(evidence, unit, values, kept, gone, request.update)
                 _refuse(values, "the updated weights hold")
                 self.kept[self.left] = tiles.unpad(kept)
-            flat[~self.kept] = 0
             flat[self.left] = tiles.unpad(values)
             self.weights.write(flat)
             del evidence  # before the next round makes another

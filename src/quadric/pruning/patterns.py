@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvTransposeNd
 
 from quadric.layers.targets import Choice
+from quadric.optimizer import require
 from quadric.pruning.channels import channel_spaces
 from quadric.pruning.weights import Weights, find_weights
 
@@ -117,6 +118,8 @@ def find_pattern(
     Raises:
         ValueError: if there is no such pattern, the sparsity contradicts it, or there is nothing to prune.
     """
+    require(scope in ("global", "layer"), "scope", repr(scope), "scope in global, layer", "choose one of these")
+    require(isinstance(text, str), "pattern", repr(text), f"one of {KINDS}", "choose one of these")
     cell, block = re.fullmatch(r"(\d+):(\d+)", text), re.fullmatch(r"block:(\d+)x(\d+)", text)
     weights = find_weights(model, targets, ignore)
     if cell and 0 < int(cell[1]) < int(cell[2]):
