@@ -26,6 +26,13 @@ def isaac_overhead():
         yield importlib.import_module("isaac_overhead")
 
 
+@pytest.fixture(scope="module")
+def pruning():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)
+        yield importlib.import_module("pruning")
+
+
 @pytest.fixture(autouse=True)
 def threads():
     before = torch.get_num_threads()
@@ -200,3 +207,53 @@ def test_plot_has_a_panel_for_each_batch(isaac_overhead):
 def test_plot_needs_a_layer(isaac_overhead):
     with pytest.raises(ValueError, match="none of mlp is one"):
         isaac_overhead.plot({"mlp": {"title": "mlp", "size": None, "goal": None, "rows": {}}})
+
+
+def test_pruning_measures_what_is_not_there_yet(pruning, tmp_path, capsys):
+    out, picture, page = tmp_path / "out.json", tmp_path / "out.png", tmp_path / "page.md"
+    page.write_text("before\n<!-- table one-shot -->\nold\n<!-- end -->\nafter\n")
+    path, halfway = "joint, path of 6 rounds, 4 parts", "4 parts"
+    wanted = ["--quick", "--json", str(out), "--only", "one-shot", "choices", "--rows", "magnitude", path, halfway]
+    pruning.main([*wanted, "--seeds", "0", "--plot", str(picture), "--page", str(page)])
+    cells = json.loads(out.read_text())["cells"]
+    columns = pruning.EXPERIMENTS["one-shot"].columns
+    assert set(cells) == {
+        *(pruning.key("one-shot", row, column, 0) for row in ("magnitude", path) for column in columns),
+        pruning.key("choices", halfway, "80 %", 0),
+    }
+    images = [cells[pruning.key("one-shot", path, column, 0)]["images"] for column in columns]
+    assert images == [4 * pruning.BATCH * rounds for rounds in range(1, 7)]
+    assert cells[pruning.key("one-shot", "magnitude", "50 %", 0)]["images"] == 0
+    text = page.read_text()
+    assert text.startswith("before\n<!-- table one-shot -->\n\n| one-shot | 50 % |")
+    assert f"\n| {path} | " in text
+    assert text.endswith("<!-- end -->\nafter\n")
+    assert "old" not in text
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    pruning.main([*wanted, "--seeds", "0", "1"])
+    printed = capsys.readouterr().out
+    assert "seed 0" not in printed
+    assert "seed 1 magnitude" not in printed  # it does not depend on the seed
+    assert f"seed 1 {path}" in printed
+
+
+def test_a_fine_tuned_network_is_as_sparse_as_its_level(pruning):
+    torch.manual_seed(0)
+    bench, judged = pruning.tiny(), []
+    bench.cell = lambda model, *_, **__: judged.append(model.state_dict()["3.weight"].clone()) or {}
+    row = pruning.gradual(bench, 0, curvature="magnitude", update="none", scope="layer")
+    assert len(list(row)) == 3
+    assert [round(float((weight == 0).float().mean()), 2) for weight in judged] == [0.75, 0.88, 0.94]
+
+
+def test_folding_batch_norm_changes_nothing(pruning):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(pruning.ResidualBlock(3, 4, 2), pruning.ResidualBlock(4, 4, 1))
+    model(torch.randn(8, 3, 6, 6))  # statistics that are not those of the start
+    x = torch.randn(2, 3, 6, 6)
+    expected = model.eval()(x)
+    assert any(isinstance(module, torch.nn.BatchNorm2d) for module in model.modules())
+    folded = pruning.fold(model)
+    assert not any(isinstance(module, torch.nn.BatchNorm2d) for module in folded.modules())
+    torch.testing.assert_close(folded(x), expected)
