@@ -142,14 +142,11 @@ class Operation:
         parts = [masks.get(name, torch.ones(p.shape, dtype=torch.bool)) for name, (p, _) in self.weights.found.items()]
         kept = torch.cat([part.reshape(-1).to(self.device) for part in parts])
         before = 1 - float(kept.double().mean())
-        enough = before <= self.request.sparsity + 0.5 / len(kept)
-        require(
-            enough,
-            "sparsity",
-            self.request.sparsity,
-            f"sparsity ≥ {before:.6g}, which the masks have removed",
-            "raise it",
+        enough, told = (
+            before <= self.request.final + 0.5 / len(kept),
+            f"sparsity ≥ {before:.6g}, which masks have removed",
         )
+        require(enough, "sparsity", self.request.final, told, "raise it")
         return kept
 
     def run(self, model: nn.Module, loss_fn: LossFunction | None, batches: Iterator[Any]) -> None:
@@ -161,9 +158,7 @@ class Operation:
             self.weights.write(torch.where(self.kept, flat, 0))
         for _ in range(request.rounds if bool(self.kept.any()) else 0):
             # Blocks are cut anew from the weights that are left: neighbours that are gone would only take their room.
-            self.left = (
-                torch.arange(len(self.kept), device=self.device) if self._given else self.kept.nonzero().flatten()
-            )
+            self.left = (self.kept | self._given).nonzero().flatten()
             evidence = self._evidence(model, loss_fn, batches)
             tiles = evidence.tiles
             kept, unit = tiles.pad(self.kept[self.left]), tiles.pad(self.pattern.unit[self.left] + 1) - 1
@@ -204,6 +199,7 @@ class Operation:
 
     @property
     def _given(self) -> bool:
+        """Whether the curvature is there already, and over all coordinates."""
         return isinstance(self.request.curvature, (PSDMatrix, Evidence))
 
     @property

@@ -129,7 +129,7 @@ def find_weights(model: nn.Module, targets: Choice, ignore: Choice) -> Weights:
         p, reason = owner._parameters.get(attribute), target.reason
         if p is None and not reason:
             reason = "a parametrization computes it: remove that first, then prune"
-        if "parametrizations" in target.name.split(".") and not reason:
+        if "parametrizations" in target.name.split(".") and reason != IGNORED:
             reason = "a parametrization computes a weight from it: remove that first, then prune"
         if p is not None and not is_lazy(p) and not p.numel() and not reason:
             reason = "it holds no numbers"
