@@ -177,26 +177,25 @@ def _blocks(weights: Weights, rows: int, columns: int) -> Pattern:
 
 def _channels(weights: Weights, model: nn.Module, targets: Choice) -> tuple[Weights, Pattern]:
     """Units are channels with all that makes and follows them: rows of weights, biases, batch norms."""
-    given = dict(zip(weights.names, weights.params, strict=True))
-    spaces = channel_spaces(model, given)
+    prefix = "_orig_mod." if isinstance(getattr(model, "_orig_mod", None), nn.Module) else ""  # of torch.compile
+    given = {name.removeprefix(prefix): p for name, (p, _) in weights.found.items()}
+    spaces = channel_spaces(model.get_submodule(prefix.rstrip(".")), given)
     blind = UNTRACED if targets is None else ""  # whoever names layers of a network that cannot be traced knows it
     why = [space.fixed or (space.uncut if blind and blind in space.uncut else "") for space in spaces]
+    reasons = {prefix + piece.name: r for space, r in zip(spaces, why, strict=True) if r for piece in space.producers}
+    weights = weights.without({name: reason for name, reason in reasons.items() if name in weights.found})
     taken = [space for space, reason in zip(spaces, why, strict=True) if not reason]
-    reasons = {
-        piece.name: reason for space, reason in zip(spaces, why, strict=True) if reason for piece in space.producers
-    }
-    weights = weights.without({name: reason for name, reason in reasons.items() if name in given})
     slices = [
-        (number, piece)
+        (number, prefix + piece.name, piece)
         for number, space in enumerate(taken)
         for piece in (*space.producers, *space.biases, *space.followers)
     ]
-    weights = weights.joined_by(model, [piece.name for _, piece in slices])
+    weights = weights.joined_by(model, [name for _, name, _ in slices])
     starts = torch.tensor([0, *(space.count for space in taken)]).cumsum(0)
     units = [torch.full(p.shape, -1) for p in weights.params]
     place = {name: i for i, name in enumerate(weights.names)}
-    for number, piece in slices:
-        unit = piece.over(units[place[piece.name]].shape)
-        units[place[piece.name]] = torch.where(unit >= 0, unit + starts[number], units[place[piece.name]])
+    for number, name, piece in slices:
+        unit = piece.over(units[place[name]].shape)
+        units[place[name]] = torch.where(unit >= 0, unit + starts[number], units[place[name]])
     family = torch.arange(len(taken)).repeat_interleave(torch.tensor([space.count for space in taken]))
     return weights, Pattern(torch.cat([unit.flatten() for unit in units]), family, family=family)
