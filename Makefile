@@ -2,7 +2,7 @@
 PYTHON ?= python3
 BIN = .venv/bin
 
-.PHONY: race test lint bench bench-steps bench-diagonal bench-isaac peers rules clean
+.PHONY: race test lint bench bench-steps bench-diagonal bench-isaac bench-pruning peers rules clean
 
 race: .venv/installed
 	$(BIN)/quadric race $(ARGS)
@@ -27,6 +27,9 @@ bench-diagonal: .venv/installed
 
 bench-isaac: .venv/installed
 	$(BIN)/python benchmarks/isaac_overhead.py $(ARGS)
+
+bench-pruning: .venv/installed  # needs ARGS="--data-dir FOLDER --weights FILE --json FILE"
+	$(BIN)/python benchmarks/pruning.py $(ARGS)
 
 peers: .venv/installed  # other people's libraries, for the rows of bench-diagonal and bench-isaac that need them
 	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt -r benchmarks/requirements.txt

@@ -43,7 +43,9 @@ def unit_costs(evidence: Evidence, unit: Tensor, count: int, weights: Tensor, ke
         # A unit that lies in several blocks costs the sum of its pieces, because blocks are not coupled.
         held = torch.where(units >= 0, w[units.clamp_min(0)], 0)
         held *= section.matrix.restrict(alive).multipliers(w, units)
-        costs.index_add_(0, owners, held.sum(1) / 2)
+        # In a fixed order, which index_add does not keep on a GPU.
+        owner, pieces_of_it = torch.unique_consecutive(owners, return_counts=True)
+        costs[owner] += torch.segment_reduce(held.sum(1), "sum", lengths=pieces_of_it, unsafe=True) / 2
     return costs
 
 
