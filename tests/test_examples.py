@@ -41,6 +41,18 @@ def test_conditioned_optimizers_train_and_the_plan_is_told(monkeypatch, capsys):
     assert max(map(float, losses)) < 1.6  # log 5 = 1.61 is where it begins
 
 
+def test_influence_is_what_retraining_finds_and_wrong_labels_stand_out(monkeypatch, capsys):
+    module = example("influence")
+    for name, value in {"TRAIN": 200, "LEFT_OUT": 1, "WRONG": 10}.items():
+        monkeypatch.setattr(module, name, value)
+    module.main()
+    told = capsys.readouterr().out
+    pairs = [line.split() for line in told.splitlines() if "retrained" in line]
+    harmful, helpful = [(float(words[-3].rstrip(",")), float(words[-1])) for words in pairs]
+    assert max(harmful) < 0 < min(helpful)
+    assert int(told.split("wrong: ")[1].split()[0]) >= 5  # chance finds one of them in two runs
+
+
 def sweep(out, *arguments):
     return ["--steps", "2048", "--seeds", "7", "--jobs", "1", "--out", str(out), *arguments]
 

@@ -5,6 +5,7 @@ from importlib.metadata import version
 from quadric.backprop.registry import UnsupportedOperation, register_rule
 from quadric.backprop.walk import hessian_diagonal
 from quadric.curvature import Curvature
+from quadric.influence import influence
 from quadric.matrix import BlockMean, Dense, Diagonal, LowRank, PSDMatrix
 from quadric.methods.block_mean import BlockMeanAdaGrad, BlockMeanSum
 from quadric.methods.ginger import Ginger, HeaviestDirections, sampled_loss
@@ -43,6 +44,7 @@ __all__ = [
     "UnsupportedOperation",
     "hessian_diagonal",
     "hold_masks",
+    "influence",
     "isaac",
     "prune",
     "reestimate_batch_norm",
