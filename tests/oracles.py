@@ -257,3 +257,85 @@ def weight_of(layer, matrices):
 def mean_square(rows):
     """``tr(aᵀa/B)/n`` over all groups."""
     return float(torch.cat([part.flatten() for part in rows]).square().mean())
+
+
+# Pruning: a quadratic ½ δᵀGδ, some of whose coordinates are to go.
+
+
+def shrunk(matrix, shrinkage):
+    """The matrix with its off-diagonal entries times ``1 − shrinkage``."""
+    return shrinkage * torch.diag(matrix.diagonal()) + (1 - shrinkage) * matrix
+
+
+def among(matrix, kept, block_size=None):
+    """The matrix within blocks of so many consecutive ones of the coordinates that are left; 1 for the others."""
+    left = kept.nonzero().flatten()
+    out = torch.eye(len(kept), dtype=torch.float64)
+    for start, stop in spans(len(left), block_size):
+        block = left[start:stop]
+        out[block[:, None], block] = matrix[block][:, block].double()
+    return out
+
+
+def least_rise(matrix, weights, kept, gone):
+    """The δ that takes ``gone`` to zero at the least ½ δᵀGδ, and that rise, from the Karush-Kuhn-Tucker equations.
+
+    Coordinates that are not ``kept`` are zero already and cannot move.
+    """
+    matrix, dim = matrix.double(), len(weights)
+    fixed = (gone | ~kept).nonzero().flatten()
+    rows = torch.eye(dim, dtype=torch.float64)[fixed]
+    target = torch.where(gone & kept, -weights.double(), 0)[fixed]
+    system = torch.zeros(dim + len(fixed), dim + len(fixed), dtype=torch.float64)
+    system[:dim, :dim], system[dim:, :dim], system[:dim, dim:] = matrix, rows, rows.mT
+    move = torch.linalg.solve(system, torch.cat([torch.zeros(dim, dtype=torch.float64), target]))[:dim]
+    return move, float(move @ matrix @ move / 2)
+
+
+def costs_of_units(matrix, weights, kept, unit):
+    """The least rise if a unit goes, for each alone."""
+    rises = [least_rise(matrix, weights, kept, (unit == u) & kept)[1] for u in range(int(unit.max()) + 1)]
+    return torch.tensor(rises, dtype=torch.float64)
+
+
+def removed(matrix, weights, kept, unit, chosen, update):
+    """δ and ½ δᵀGδ as some units go: the constrained minimum, the sum of those of single units, or no answer."""
+    gone = torch.isin(unit, chosen) & kept
+    if update == "joint":
+        return least_rise(matrix, weights, kept, gone)
+    move = torch.zeros(len(weights), dtype=torch.float64)
+    if update == "single":
+        move = sum((least_rise(matrix, weights, kept, (unit == u) & kept)[0] for u in chosen), move)
+    move = torch.where(gone, -weights.double(), torch.where(kept, move, 0))
+    return move, float(move @ matrix.double() @ move / 2)
+
+
+def cheapest(costs, alive, sizes, sparsity):
+    """The units that go: in order of cost a weight, as long as no more weights are gone than the sparsity says."""
+    room = round(sparsity * sum(sizes)) - (sum(sizes) - sum(alive))
+    chosen = []
+    for u in sorted((u for u in range(len(alive)) if alive[u]), key=lambda u: float(costs[u]) / alive[u]):
+        room -= alive[u]
+        if room < 0:
+            break
+        chosen.append(u)
+    return torch.tensor(chosen, dtype=torch.long)
+
+
+def prune(weights, sparsity, matrix_at, *, rounds=1, parts=1, unit=None, update="joint", kept=None):
+    """The weights, what is kept and the predicted rise; each round asks ``matrix_at(weights, kept)``."""
+    weights = weights.double()
+    unit = torch.arange(len(weights)) if unit is None else unit
+    kept = torch.ones(len(weights), dtype=torch.bool) if kept is None else kept.clone()
+    weights, rise, steps = torch.where(kept, weights, 0), 0.0, rounds * parts
+    density, matrix = float(kept.double().mean()), None
+    for step in range(steps):
+        matrix = matrix if step % parts else matrix_at(weights, kept)
+        now = 1 - density * ((1 - sparsity) / density) ** ((step + 1) / steps)
+        now = sparsity if step == steps - 1 else now
+        alive, sizes = ([int(((unit == u) & k).sum()) for u in range(int(unit.max()) + 1)] for k in (kept, unit >= 0))
+        chosen = cheapest(costs_of_units(matrix, weights, kept, unit), alive, sizes, now)
+        move, more = removed(matrix, weights, kept, unit, chosen, update)
+        kept = kept & ~torch.isin(unit, chosen)
+        weights, rise = torch.where(kept, weights + move, 0), rise + more
+    return weights, kept, rise
