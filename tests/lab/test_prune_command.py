@@ -307,7 +307,7 @@ def test_the_verdict_names_the_best_and_calls_a_tie_a_tie():
         "magnitude 10.00 %.",
     )
     assert verdict(made_up({"joint": [60.0, 61.0], "single": [60.1, 60.7]}, 2))[0] == (
-        "Joint update and single updates are level at 90 %"
+        "Joint update and sum of single updates are level at 90 %"
     )
     assert verdict(made_up({"joint": [0.4], "magnitude": [0.2]}, higher=False))[0] == "Magnitude keeps most at 90 %"
     assert verdict(made_up({"joint": [61.7]}))[0] == "Joint update at 90 %: accuracy 61.70 %"

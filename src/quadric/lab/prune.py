@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import safetensors.torch
 import torch
@@ -53,8 +53,8 @@ FAILURES = (RuntimeError, MemoryError, ArithmeticError)
 class Method:
     """A way to prune, as options of :func:`quadric.prune`."""
 
-    curvature: str
-    update: str
+    curvature: Literal["fisher", "hessian_diagonal", "magnitude"]
+    update: Literal["joint", "single", "none"]
 
 
 METHODS: dict[str, Method] = {

@@ -10,7 +10,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.table import Table
 from rich.text import Text
 
@@ -39,7 +39,7 @@ LOOKS: dict[str, tuple[str, plots.Style, str, bool, str]] = {
         "set",
     ),
     "single": (
-        "single updates",
+        "sum of single updates",
         plots.Style("ours-1"),
         "s",
         True,
@@ -118,7 +118,7 @@ def value(metric: float | None, of: dict[str, Any]) -> str:
     return measured(Spread(metric, None, 1), decimals([metric], of["unit"])) + unit_of(of)
 
 
-def results_table(results: dict[str, Any], width: int = 80) -> Table:
+def results_table(results: dict[str, Any], width: int = 80) -> Group:
     """Method by sparsity for the terminal: the best of each column bold, the verdict and lost runs below.
 
     Args:
@@ -126,23 +126,21 @@ def results_table(results: dict[str, Any], width: int = 80) -> Table:
         width: Characters there are; the spread, then the smaller sparsities are left out until the rest fits.
     """
     every = results["sparsities"]
-    table = _table(results, every, spread=True)
+    table, lines = _table(results, every, spread=True)
     for first in range(len(every)):
         if _width(table) <= width:
             break
-        table = _table(results, every[first:], spread=False)
-    return table
+        table, lines = _table(results, every[first:], spread=False)
+    # Title and caption of a table would be as narrow as the table.
+    return Group(Text(verdict(results)[0], "bold"), table, Text("\n".join(lines), "dim italic"))
 
 
-def _table(results: dict[str, Any], shown: Sequence[float], spread: bool) -> Table:
-    ranked, (headline, sentence) = rows(results), verdict(results)
-    lines = [sentence, *_lost(ranked), _legend(results, spread)]
+def _table(results: dict[str, Any], shown: Sequence[float], spread: bool) -> tuple[Table, list[str]]:
+    ranked = rows(results)
+    lines = [verdict(results)[1], *_lost(ranked), _legend(results, spread)]
     if len(shown) < len(results["sparsities"]):
         lines.append(f"below {percent(shown[0])}: in the report")
-    table = Table(
-        title=Text(headline), caption=Text("\n".join(lines)), caption_justify="left", box=box.SIMPLE_HEAD,
-        padding=(0, 1), show_edge=False,
-    )  # fmt: skip
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1), show_edge=False)
     table.add_column("method", no_wrap=True)
     for sparsity in shown:
         table.add_column(percent(sparsity), justify="right", no_wrap=True)
@@ -150,7 +148,7 @@ def _table(results: dict[str, Any], shown: Sequence[float], spread: bool) -> Tab
         looks = ["bold green" if row in _best(results, ranked, sparsity) else "" for sparsity in shown]
         cells = [Text(_cell(results, row, s, spread), look) for s, look in zip(shown, looks, strict=True)]
         table.add_row(row.name, *cells)
-    return table
+    return table, lines
 
 
 def _width(table: Table) -> int:
