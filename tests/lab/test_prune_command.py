@@ -304,7 +304,7 @@ def test_the_verdict_names_the_best_and_calls_a_tie_a_tie():
     assert verdict(made_up({"magnitude": [10.0], "joint": [61.7]})) == (
         "Joint update keeps most at 90 %",
         "With 90 % of the weights removed, joint update has accuracy 61.70 %, and the dense network has 90.00 %; "
-        "magnitude 10.00 %.",
+        "magnitude 10.00 %; a single seed cannot say whether that is luck.",
     )
     assert verdict(made_up({"joint": [60.0, 61.0], "single": [60.1, 60.7]}, 2))[0] == (
         "Joint update and sum of single updates are level at 90 %"

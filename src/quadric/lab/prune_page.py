@@ -230,6 +230,7 @@ def verdict(results: dict[str, Any]) -> tuple[str, str]:
     if len(judged) > 1:
         rest = [f"{row.name} {words}" for (row, _), words in zip(judged[1:], told[1:], strict=True)]
         sentence += f"; {listed(rest)}"
+        sentence += "; a single seed cannot say whether that is luck" if len(results["seeds"]) == 1 else ""
     if len(judged) == 1:
         headline = f"{first.name} at {percent(last)}: {name} {told[0]}"
     elif level:
