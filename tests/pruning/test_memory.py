@@ -139,7 +139,7 @@ def test_bytes_for_people():
 
 # The plan is kept. Memory that does not grow with the weights is made small, so that what grows stands out.
 
-DIM, WORK, SLAB = 200 * 200, 2**21, 2**14
+DIM, WORK, SLAB = 140 * 140, 2**21, 2**14
 
 
 def measured(monkeypatch, large, **options):
@@ -147,10 +147,10 @@ def measured(monkeypatch, large, **options):
         monkeypatch.setattr(module, "WORK", WORK)
     for module in (tiles_module, matrix_module, evidence_module):
         monkeypatch.setattr(module, "slab_tiles", lambda rows: max(1, SLAB // (rows.shape[1] * rows.shape[2])))
-    monkeypatch.setattr(tiles_module, "WIDTH", 256)
+    monkeypatch.setattr(tiles_module, "WIDTH", 64)
     torch.manual_seed(0)
-    model = nn.Linear(200, 200, bias=False)
-    data = [torch.randn(2, 200) for _ in range(3)]
+    model = nn.Linear(140, 140, bias=False)
+    data = [torch.randn(2, 140) for _ in range(3)]
     with Live(DIM // 4, large) as live:
         result = prune(model, 0.5, batches=data, loss_fn=lambda m, b: m(b).square().mean(), damping=1e-3, **options)
     return live, result.memory
