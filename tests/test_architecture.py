@@ -42,7 +42,7 @@ MAY_IMPORT = {
     "backprop.walk": BACKPROP | {f"backprop.{name}" for name in ("route", "factors", "refusals")},
     "pruning.__init__": set(),
     "pruning.weights": {"layers.targets"},
-    "pruning.gradients": {"layers.intercept"},
+    "pruning.gradients": {"distributed", "layers.intercept"},
     "pruning.memory": set(),
     "pruning.progress": set(),
     "pruning.evidence": {"matrix", "tiles", "pruning.memory"},

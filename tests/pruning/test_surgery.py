@@ -216,14 +216,21 @@ def test_large_coupled_units_and_nothing_to_do():
     check(evidence, matrix, weights, everything, torch.arange(9), torch.arange(0))
 
 
-def test_pieces():
-    unit = torch.tensor([3, 3, 0, -1, 0, 3, 0])
-    found, owners = pieces(unit, 3)
-    together = sorted(zip(owners.tolist(), [[c for c in piece if c >= 0] for piece in found.tolist()], strict=True))
-    assert together == [(0, [2]), (0, [4]), (0, [6]), (3, [0, 1]), (3, [5])]
-    none, of_none = pieces(torch.full((4,), -1), 2)
-    assert none.numel() == 0
-    assert of_none.numel() == 0
+@pytest.mark.parametrize("block", [1, 3, 100])
+def test_pieces(block):
+    unit = torch.tensor([3, 3, 0, -1, 0, 3, 0, 5, 5, 5, 5, 5, 5, 5])
+    expected = sorted(
+        (u, [c for c in range(start, min(start + block, len(unit))) if unit[c] == u])
+        for u in (0, 3, 5)
+        for start in range(0, len(unit), block)
+    )
+    found = []
+    for coordinates, owners in pieces(unit, block):
+        rows = [[c for c in row if c >= 0] for row in coordinates.tolist()]
+        assert all(2 * len(row) > coordinates.shape[1] for row in rows)  # no long one among short ones
+        found += zip(owners.tolist(), rows, strict=True)
+    assert sorted(found) == [(u, row) for u, row in expected if row]
+    assert not list(pieces(torch.full((4,), -1), 2))
 
 
 @pytest.mark.parametrize("kind", [GradientRows, GradientBlocks])

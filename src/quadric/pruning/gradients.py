@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, grad, vmap
 from torch.utils._pytree import tree_leaves, tree_map
 
+from quadric.distributed import alone
 from quadric.layers.intercept import left_to_torch
 
 __all__ = ["LossFunction", "evaluating", "example_gradients", "losses", "mean_gradients"]
@@ -28,7 +29,7 @@ def evaluating(model: nn.Module, params: Sequence[nn.Parameter]) -> Iterator[Non
     """
     if torch.is_inference_mode_enabled():
         raise RuntimeError("gradients are needed and inference mode is on: leave torch.inference_mode() before")
-    training = [module for module in model.modules() if module.training]
+    modes = {module: module.training for module in model.modules()}
     frozen = [p for p in params if not p.requires_grad]
     try:
         model.eval()
@@ -38,8 +39,8 @@ def evaluating(model: nn.Module, params: Sequence[nn.Parameter]) -> Iterator[Non
         with torch.enable_grad(), left_to_torch(model):
             yield
     finally:
-        for module in training:
-            module.training = True
+        for module, training in modes.items():
+            module.training = training
         for p in frozen:
             p.requires_grad_(False)
 
@@ -76,7 +77,7 @@ def losses(model: nn.Module, loss_fn: LossFunction, batches: Iterator[Any]) -> I
             raise ValueError(
                 "the loss does not depend on the parameters: compute it from model(inputs), with gradients"
             )
-        if not bool(torch.isfinite(loss)):
+        if alone() and not bool(torch.isfinite(loss)):  # else all processes see it in the average of their gradients
             raise ValueError(f"the loss of batch {number} is {loss.item()}: leave that batch out, or mend its data")
         yield loss
 

@@ -141,7 +141,7 @@ class Operation:
                 raise ValueError(f"the mask of {name} is {told}: pass booleans of shape {shape}")
         parts = [masks.get(name, torch.ones(p.shape, dtype=torch.bool)) for name, (p, _) in self.weights.found.items()]
         kept = torch.cat([part.reshape(-1).to(self.device) for part in parts])
-        before = 1 - float(kept.double().mean())
+        before = float(self.pattern.removed(kept).min())
         enough, told = (
             before <= self.request.final + 0.5 / len(kept),
             f"sparsity ≥ {before:.6g}, which masks have removed",

@@ -61,7 +61,7 @@ class Pattern:
             now: The sparsity to reach.
             final: The sparsity that will be reached at last.
         """
-        sizes, alive = self._per_unit(self.unit >= 0), self._per_unit(kept)
+        sizes, alive = self._per_unit(torch.ones_like(kept)), self._per_unit(kept)
         chosen = torch.zeros_like(self.pool, dtype=torch.bool)
         forced = 0
         if self.cells is not None:
@@ -87,6 +87,12 @@ class Pattern:
         # What the cells demand, and of the rest the same share: so that no cell loses early what it may keep at last.
         cells, demanded = size // self.cells.shape[1], self.cells.shape[1] - self.most
         return forced * cells + round((round(final * size) - demanded * cells) * now / final)
+
+    def removed(self, kept: Tensor) -> Tensor:
+        """The share of each pool that is gone."""
+        sizes, alive = (self._per_unit(chosen) for chosen in (torch.ones_like(kept), kept))
+        sizes, alive = (torch.bincount(self.pool, x.double()) for x in (sizes, alive))
+        return 1 - alive / sizes.clamp_min(1)
 
     def _per_unit(self, chosen: Tensor) -> Tensor:
         return torch.bincount(self.unit[chosen & (self.unit >= 0)], minlength=self.count)
@@ -143,10 +149,11 @@ def _owner(weights: Weights) -> Tensor:
 
 
 def _cells(weights: Weights, most: int, size: int, sparsity: float) -> tuple[Weights, Pattern]:
-    if sparsity < 1 - most / size - 1e-12:
+    least = 1 - most / size
+    if sparsity < least - 1e-6:
         raise ValueError(
-            f"pattern {most}:{size} removes at least {1 - most / size:g} of the weights, and sparsity is {sparsity}: "
-            f"set it to {1 - most / size:g} or more"
+            f"pattern {most}:{size} removes at least {least:g} of the weights, and sparsity is {sparsity}: set it to "
+            f"{least:.7g} or more"
         )
     reasons, cells, start = {}, [], 0
     for name, p, module in zip(weights.names, weights.params, weights.owners, strict=True):

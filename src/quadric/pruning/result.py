@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
@@ -37,7 +37,7 @@ class PrunedLayer:
         return self.removed / self.weights
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True, repr=False, eq=False)
 class PruneResult:
     """What :func:`prune` has done; it prints as a table.
 
@@ -55,7 +55,7 @@ class PruneResult:
     left_alone: dict[str, str]
     loss_increase: float
     memory: Plan | None
-    model: nn.Module = field(compare=False)
+    model: nn.Module
 
     @property
     def sparsity(self) -> float:

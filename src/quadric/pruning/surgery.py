@@ -14,6 +14,7 @@ of a diagonal G, optimal brain damage (LeCun, Denker and Solla, 1989).
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
@@ -39,18 +40,20 @@ def unit_costs(evidence: Evidence, unit: Tensor, count: int, weights: Tensor, ke
     costs = torch.zeros(count, dtype=weights.dtype, device=weights.device)
     for section in evidence.sections():
         w, alive = weights[section.columns] * section.scale, kept[section.columns]
-        units, owners = pieces(torch.where(alive, unit[section.columns], -1), section.block)
-        # A unit that lies in several blocks costs the sum of its pieces, because blocks are not coupled.
-        held = torch.where(units >= 0, w[units.clamp_min(0)], 0)
-        held *= section.matrix.restrict(alive).multipliers(w, units)
-        # In a fixed order, which index_add does not keep on a GPU.
-        owner, pieces_of_it = torch.unique_consecutive(owners, return_counts=True)
-        costs[owner] += torch.segment_reduce(held.sum(1), "sum", lengths=pieces_of_it, unsafe=True) / 2
+        matrix = section.matrix.restrict(alive)
+        for units, owners in pieces(torch.where(alive, unit[section.columns], -1), section.block):
+            # A unit that lies in several blocks costs the sum of its pieces, because blocks are not coupled.
+            held = torch.where(units >= 0, w[units.clamp_min(0)], 0) * matrix.multipliers(w, units)
+            # In a fixed order, which index_add does not keep on a GPU.
+            owner, several = torch.unique_consecutive(owners, return_counts=True)
+            costs[owner] += torch.segment_reduce(held.sum(1), "sum", lengths=several, unsafe=True) / 2
     return costs
 
 
-def pieces(unit: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def pieces(unit: Tensor, block: int) -> Iterator[tuple[Tensor, Tensor]]:
     """The coordinates of each unit within each block, ``(n, size)`` with −1 behind shorter ones, and whose they are.
+
+    Pieces come in groups of like size, so that a long one does not lengthen all.
 
     Args:
         unit: Of each coordinate; −1 of none.
@@ -59,19 +62,23 @@ def pieces(unit: Tensor, block: int) -> tuple[Tensor, Tensor]:
     Example:
         Unit 7 has two coordinates in the first block of three and one in the second.
 
-        >>> pieces(torch.tensor([7, -1, 7, 7]), block=3)
-        (tensor([[ 0,  2],
-                [ 3, -1]]), tensor([7, 7]))
+        >>> list(pieces(torch.tensor([7, -1, 7, 7]), block=3))
+        [(tensor([[3]]), tensor([7])), (tensor([[0, 2]]), tensor([7]))]
     """
     place = (unit >= 0).nonzero().flatten()
     if bool((unit[place].diff() > 0).all()):  # each unit has one
-        return place.unsqueeze(1), unit[place]
+        if len(place):
+            yield place.unsqueeze(1), unit[place]
+        return
     label, order = torch.sort(unit[place] * (len(unit) // block + 1) + place // block, stable=True)
-    _, piece, counts = torch.unique_consecutive(label, return_inverse=True, return_counts=True)
-    starts = counts.cumsum(0) - counts
-    found = unit.new_full((len(counts), int(counts.max()) if len(counts) else 1), -1)
-    found[piece, torch.arange(len(place), device=unit.device) - starts[piece]] = place[order]
-    return found, unit[found[:, 0]]
+    counts = torch.unique_consecutive(label, return_counts=True)[1]
+    place, starts, bits = place[order], counts.cumsum(0) - counts, torch.log2(counts.double()).ceil()
+    for size in torch.unique(bits):
+        alike = bits == size
+        ahead = torch.arange(int(counts[alike].max()), device=unit.device)
+        inside = ahead < counts[alike].unsqueeze(1)
+        found = place[torch.where(inside, starts[alike].unsqueeze(1) + ahead, 0)]
+        yield torch.where(inside, found, -1), unit[found[:, 0]]
 
 
 def remove_(evidence: Evidence, unit: Tensor, weights: Tensor, kept: Tensor, gone: Tensor, update: Update) -> float:
@@ -95,9 +102,9 @@ def remove_(evidence: Evidence, unit: Tensor, weights: Tensor, kept: Tensor, gon
             move = matrix.complete(-w, out | ~alive)  # what went before is zero and stays so
         elif update == "single":
             rest = matrix.restrict(alive)
-            units, _ = pieces(torch.where(out, unit[columns], -1), section.block)
             forces = torch.zeros_like(w)
-            forces[units[units >= 0]] = rest.multipliers(w, units)[units >= 0]
+            for units, _ in pieces(torch.where(out, unit[columns], -1), section.block):
+                forces[units[units >= 0]] = rest.multipliers(w, units)[units >= 0]
             move = torch.where(out, -w, -rest.solve(forces))
         else:
             move = torch.where(out, -w, 0)

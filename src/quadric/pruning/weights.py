@@ -92,9 +92,17 @@ class Weights:
 
     @torch.no_grad()
     def write(self, flat: Tensor) -> None:
-        """Give the parameters the values of a vector ``(dim,)``."""
-        for p, values in zip(self.params, self.split(flat), strict=True):
-            p.copy_(values)
+        """Give the parameters the values of a vector ``(dim,)``.
+
+        Raises:
+            ValueError: if one is beyond the range of its parameter's type.
+        """
+        for name, values in zip(self.names, self.split(flat), strict=True):
+            p, rounded = self.found[name][0], values.to(self.found[name][0].dtype)
+            if not bool(torch.isfinite(rounded).all()):
+                bad = float(values[~torch.isfinite(rounded)][0])
+                raise ValueError(f"an updated weight of {name} is {bad:g}, beyond {p.dtype}: raise damping")
+            p.copy_(rounded)
 
 
 def judged(module: nn.Module, by_default: bool) -> str:
@@ -155,6 +163,10 @@ def _told(reasons: dict[str, str]) -> str:
 def _refuse(name: str, p: Tensor) -> None:
     if is_lazy(p):
         raise ValueError(f"{name} has no shape yet: call the model once on a batch")
+    if p.is_meta or p.layout != torch.strided:
+        raise ValueError(f"{name} is {'on the meta device' if p.is_meta else p.layout}: give it dense values first")
+    if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
+        raise ValueError(f"{name} of shape {tuple(p.shape)} repeats one memory: make it nn.Parameter(p.clone())")
     if p.is_complex() or not p.is_floating_point():
         raise ValueError(f"{name} is of {p.dtype}: leave it out with ignore={name!r}")
     if hasattr(p, "to_local"):
