@@ -174,3 +174,13 @@ def test_no_window_is_there_twice_and_the_plan_is_kept(bytes_a_weight, options, 
     assert live.together == 1
     slack = 8 * 64 * 256 * 4  # a slab of at least one tile, in two types
     assert planned.window_bytes < live.most <= planned.window_bytes + planned.work_bytes + slack
+
+
+def test_units_of_very_different_size_do_not_all_take_the_room_of_the_longest():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(2000, 4), nn.ReLU(), nn.Linear(4, 3000), nn.ReLU(), nn.Linear(3000, 2))
+    dim = sum(p.numel() for p in model.parameters())
+    with Live(dim) as live:
+        data = [torch.randn(2, 2000)]
+        prune(model, 0.5, batches=data, loss_fn=lambda m, b: m(b).square().mean(), num_grads=4, pattern="channel")
+    assert live.most < 1000 * dim  # bytes; a vector of the longest unit for each unit would be 1,650 a weight

@@ -88,6 +88,13 @@ def test_cells_do_not_reach_across_groups():
     assert "1.weight" in result.left_alone
 
 
+def test_the_least_sparsity_of_thirds_can_be_written_down():
+    with pytest.raises(ValueError, match=r"set it to 0\.33+ or more") as caught:
+        prune(nn.Linear(6, 4), 0.33, curvature="magnitude", pattern="2:3")
+    told = float(str(caught.value).split("set it to ")[1].split()[0])
+    assert prune(nn.Linear(6, 4), told, curvature="magnitude", pattern="2:3").sparsity == pytest.approx(1 / 3)
+
+
 def test_nothing_that_divides():
     with pytest.raises(ValueError, match=r"nothing to prune \(weight: its 6 inputs .*4\): .+"):
         prune(nn.Linear(6, 4), 0.5, curvature="magnitude", pattern="2:4")

@@ -288,6 +288,13 @@ def test_masks_go_on_and_never_revive(options):
         prune(model, 0.6, curvature="magnitude", masks=result.masks, **options)
 
 
+def test_a_layer_that_is_ahead_does_not_hold_up_the_others():
+    model = network(bias=False)
+    masks = {"0.weight": torch.arange(48).view(8, 6) >= 36}
+    result = prune(model, 0.5, curvature="magnitude", scope="layer", masks=masks)
+    assert [layer.removed for layer in result.layers] == [36, 12]
+
+
 def test_masks_that_leave_nothing():
     masks = {"weight": torch.zeros(1, 10, dtype=torch.bool)}
     model = nn.Linear(10, 1, bias=False)
@@ -358,6 +365,18 @@ def test_modes_gradients_and_buffers_stay(curvature, per_example):
         assert torch.equal(torch.get_rng_state(), state)
     assert set(result.masks) == {"body.0.weight", "head.weight", "unused.weight"}
     assert result.sparsity == 0.5
+
+
+def test_a_loss_that_changes_modes_finds_them_changed_back():
+    model = network().eval()
+    model[1].train()
+
+    def training(model, batch):
+        model.train()
+        return loss_fn(model, batch)
+
+    prune(model, 0.5, batches=batches(), loss_fn=training, num_grads=2)
+    assert [module.training for module in model.modules()] == [False, False, True, False]
 
 
 @pytest.mark.parametrize("options", [{}, {"per_example": True}, {"block_size": 2, "rounds": 2}])
@@ -700,6 +719,18 @@ def test_a_shared_module_counts_once():
 
 def loss_fn_of_six(model, batch):
     return F.cross_entropy(model(batch[0]), batch[1])
+
+
+def test_an_answer_beyond_the_range_of_float16_is_refused():
+    model = nn.Linear(2, 1, bias=False, dtype=torch.float16)
+    model.weight.data = torch.tensor([[60000.0, 50000.0]], dtype=torch.float16)
+    before = model.weight.detach().clone()
+    options = {"batches": [None], "num_grads": 1, "damping": 1e-9}
+    with pytest.raises(
+        ValueError, match=r"109984, beyond torch.float16: .+"
+    ):  # the best answer to one that goes is 110,000 for the other
+        prune(model, 0.5, loss_fn=lambda model, _: model.weight.float().sum(), **options)
+    assert torch.equal(model.weight, before)
 
 
 # What is returned.

@@ -105,6 +105,18 @@ def test_types_that_cannot_be_pruned(dtype):
         find_weights(model, None, None)
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda w: w.to("meta"), torch.Tensor.to_sparse, lambda w: w[:1].expand(2, 2)],
+    ids=["meta", "sparse", "one"],
+)
+def test_memory_that_cannot_be_written_to(make):
+    model = nn.Linear(2, 2)
+    model.weight = nn.Parameter(make(torch.ones(2, 2)))
+    with pytest.raises(ValueError, match=r"weight (is|of) .*: .+"):
+        find_weights(model, None, None)
+
+
 def test_nothing_to_prune():
     with pytest.raises(ValueError, match=r"nothing to prune in BatchNorm1d .*: .+"):
         find_weights(nn.BatchNorm1d(3), None, None)
