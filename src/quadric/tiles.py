@@ -35,6 +35,7 @@ class Tiles:
         self.per_block = [-(-size // self.width) for size in self.sizes]
         self.count = sum(self.per_block)
         self.pads = [tiles * self.width - size for tiles, size in zip(self.per_block, self.sizes, strict=True)]
+        self._padded_last = not any(self.pads[:-1])  # only the last block, as in runs of one length
         self._lengths_on: dict[torch.device, Tensor] = {}
         self.one_each = all(tiles == 1 for tiles in self.per_block)
 
@@ -62,15 +63,15 @@ class Tiles:
 
     def pad(self, v: Tensor) -> Tensor:
         """Vectors ``(..., dim)`` with zeros behind the end of each block, ``(..., length)``."""
-        if not any(self.pads):
-            return v
+        if self._padded_last:
+            return torch.nn.functional.pad(v, (0, self.pads[-1])) if self.pads[-1] else v
         blocks = zip(v.split(self.sizes, -1), self.pads, strict=True)
         return torch.cat([part for block, pad in blocks for part in (block, v.new_zeros(*v.shape[:-1], pad))], -1)
 
     def unpad(self, v: Tensor) -> Tensor:
         """The inverse of :meth:`pad`."""
-        if not any(self.pads):
-            return v
+        if self._padded_last:
+            return v[..., : self.dim]
         padded = [size + pad for size, pad in zip(self.sizes, self.pads, strict=True)]
         blocks = zip(v.split(padded, -1), self.sizes, strict=True)
         return torch.cat([block[..., :size] for block, size in blocks], -1)

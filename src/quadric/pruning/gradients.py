@@ -87,7 +87,8 @@ def mean_gradients(
 ) -> Iterator[list[Tensor]]:
     """The gradient of the mean loss of each batch, one tensor for each parameter; zeros where it has no part in it."""
     for loss in losses(model, loss_fn, batches):
-        found = torch.autograd.grad(loss, params, allow_unused=True)
+        with torch.autocast(loss.device.type, enabled=False):  # of the caller: it is for the forward pass
+            found = torch.autograd.grad(loss, params, allow_unused=True)
         yield [torch.zeros_like(p) if g is None else g for g, p in zip(found, params, strict=True)]
 
 
