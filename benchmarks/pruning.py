@@ -69,7 +69,7 @@ WINDOWS = (64, 256, 1024)
 BLOCKS: dict[str, int | None] = {"64": 64, "128": 128, "512": 512, "2048": 2048, "whole": None}
 EPOCHS, PRUNINGS = 10, 6
 MARGIN = 4  # pixels that an image is moved by at most
-STEP = 64  # images in a step of fine-tuning
+STEP = 32  # images in a step of fine-tuning
 NORM_BATCHES, NORM_BATCH = 10, 128
 # What BASELINES of one-shot pruning say: one seed, the first 4,000 test images.
 BEFORE = {
@@ -104,7 +104,7 @@ class Size:
     """
 
     test: int = 4000
-    epoch: int = 2000
+    epoch: int = 1000
     gradients: int = GRADIENTS
     windows: tuple[int, ...] = WINDOWS
 
@@ -674,7 +674,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rows", nargs="+", metavar="ROW", help="only these rows of the tables")
     parser.add_argument("--seeds", nargs="*", type=int, default=[0, 1, 2], help="0 1 2; none measures nothing")
     parser.add_argument("--test", type=int, default=4000, metavar="N", help="test images")
-    parser.add_argument("--epoch", type=int, default=2000, metavar="N", help="images in an epoch of fine-tuning")
+    parser.add_argument("--epoch", type=int, default=1000, metavar="N", help="images in an epoch of fine-tuning")
     parser.add_argument("--threads", type=int, help="of torch")
     parser.add_argument("--tables", action="store_true", help="print the tables")
     parser.add_argument("--page", type=Path, help="put the tables between the marks of this page")

@@ -90,8 +90,9 @@ class Pattern:
 
     def removed(self, kept: Tensor) -> Tensor:
         """The share of each pool that is gone."""
-        sizes, alive = (self._per_unit(chosen) for chosen in (torch.ones_like(kept), kept))
-        sizes, alive = (torch.bincount(self.pool, x.double()) for x in (sizes, alive))
+        owned, pools = self.unit >= 0, int(self.pool.max()) + 1
+        members = (self.pool[self.unit[chosen]] for chosen in (owned, owned & kept))
+        sizes, alive = (torch.bincount(pool, minlength=pools) for pool in members)
         return 1 - alive / sizes.clamp_min(1)
 
     def _per_unit(self, chosen: Tensor) -> Tensor:
