@@ -110,6 +110,7 @@ class Operation:
         self.weights, self.request, self.watch = weights, request, watch
         self.plan: Plan | None = None
         self.rise = self.worked = 0.0
+        self.left: Tensor | slice = slice(None)  # the coordinates of a round
         device = weights.params[0].device
         if request.curvature == "fisher":
             types = {torch.promote_types(p.dtype, torch.float32) for p in weights.params}
@@ -158,7 +159,8 @@ class Operation:
             self.weights.write(torch.where(self.kept, flat, 0))
         for _ in range(request.rounds if bool(self.kept.any()) else 0):
             # Blocks are cut anew from the weights that are left: neighbours that are gone would only take their room.
-            self.left = (self.kept | self._given).nonzero().flatten()
+            everything = self._given or bool(self.kept.all())
+            self.left = slice(None) if everything else self.kept.nonzero().flatten()
             evidence = self._evidence(model, loss_fn, batches)
             tiles = evidence.tiles
             kept, unit = tiles.pad(self.kept[self.left]), tiles.pad(self.pattern.unit[self.left] + 1) - 1
@@ -213,7 +215,7 @@ class Operation:
 
     def _evidence(self, model: nn.Module, loss_fn: LossFunction | None, batches: Iterator[Any]) -> Evidence:
         """What the curvature is at the present weights."""
-        request, params, dim = self.request, self.weights.params, len(self.left)
+        request, params, dim = self.request, self.weights.params, len(self.kept[self.left])
         if isinstance(request.curvature, Evidence):
             return request.curvature
         if isinstance(request.curvature, PSDMatrix):
