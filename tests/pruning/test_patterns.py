@@ -116,12 +116,14 @@ def test_blocks_go_as_one_with_edges(rows, columns, high, wide, sparsity, parts)
             block = mask[i : i + high, j : j + wide]
             assert bool(block.all()) or not bool(block.any())
             costs.append(float(before[i : i + high, j : j + wide].square().mean()))
-            counts.append(0 if bool(block.any()) else block.numel())
-    room = round(sparsity * rows * columns) - sum(counts)
-    assert 0 <= room < high * wide
-    gone = [cost for cost, count in zip(costs, counts, strict=True) if count]
-    stay = [cost for cost, count in zip(costs, counts, strict=True) if not count]
-    assert not gone or not stay or parts > 1 or max(gone) <= min(stay)
+            counts.append((block.numel(), not bool(block.any())))
+    room = round(sparsity * rows * columns) - sum(size for size, out in counts if out)
+    assert room >= 0
+    blocks = list(zip(costs, counts, strict=True))
+    stay = [(cost, size) for cost, (size, out) in blocks if not out]
+    assert all(size > room for _, size in stay)
+    if parts == 1:  # dearer ones went only where a cheaper one was too large
+        assert all(cost <= c or size < n for cost, (size, out) in blocks if out for c, n in stay)
 
 
 def test_blocks_of_a_convolution_are_outputs_by_the_rest():
@@ -275,3 +277,12 @@ def test_a_model_that_cannot_be_traced_keeps_its_channels():
     """Its outputs may be among them."""
     with pytest.raises(ValueError, match=r"first\.weight: the model cannot be traced.*: .+"):
         prune(Untraceable(), 0.8, curvature="magnitude", pattern="channel")
+
+
+def test_a_unit_too_large_for_the_room_leaves_it_to_smaller_ones():
+    model = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 2))
+    with torch.no_grad():
+        model[0].weight.mul_(0.01)  # the cheapest block, 64 of 80 weights
+    result = prune(model, 0.2, curvature="magnitude", pattern="block:8x8")
+    assert result.sparsity == 0.2
+    assert not model[2].weight.any()

@@ -76,8 +76,15 @@ class Pattern:
             target = self._target(size, forced, now, final)
             room = target - size + int(alive[inside & ~chosen].sum())
             candidates = (inside & allowed).nonzero().flatten()
-            order = candidates[torch.argsort(costs[candidates] / alive[candidates], stable=True)]
-            chosen[order[alive[order].cumsum(0) <= room]] = True
+            candidates = candidates[torch.argsort(costs[candidates] / alive[candidates], stable=True)]
+            while len(
+                candidates
+            ):  # once for units of one size; a unit too large for the room leaves it to smaller ones
+                candidates = candidates[alive[candidates] <= room]
+                taken = alive[candidates].cumsum(0) <= room
+                chosen[candidates[taken]] = True
+                room -= int(alive[candidates[taken]].sum())
+                candidates = candidates[~taken]
         return chosen
 
     def _target(self, size: int, forced: int, now: float, final: float) -> int:

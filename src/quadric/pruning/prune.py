@@ -59,7 +59,8 @@ def prune(
     Args:
         model: Any model; it is run in evaluation mode and its weights are changed. Modes, gradients and everything else
             are left as they are, and on any error the weights are as before.
-        sparsity: Share of the weights that is zero at the end, 0 ≤ sparsity < 1.
+        sparsity: Share of the weights that is zero at the end, 0 ≤ sparsity < 1; of blocks and channels as many go as$
+            do not exceed it.
         batches: Training data, run through again and again; :math:`g_i` is the gradient of one batch.
         loss_fn: ``loss_fn(model, batch)`` → the mean loss of the batch. At labels sampled from the model,
             :func:`quadric.sampled_loss`, G is the true Fisher matrix.
