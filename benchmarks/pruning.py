@@ -476,6 +476,7 @@ EXPERIMENTS: dict[str, Experiment] = {
         tuple(map(percent, LEVELS)),
         {
             "magnitude": partial(gradual, curvature="magnitude", update="none"),
+            "none (saliency only), 4 parts": partial(gradual, num_grads=32, parts=4, update="none", **SMALL),
             "joint, 4 parts": partial(gradual, num_grads=32, parts=4, **SMALL),
         },
     ),

@@ -311,14 +311,13 @@ def removed(matrix, weights, kept, unit, chosen, update):
 
 
 def cheapest(costs, alive, sizes, sparsity):
-    """The units that go: in order of cost a weight, as long as no more weights are gone than the sparsity says."""
+    """The units that go: in order of cost a weight, each that leaves no more weights gone than the sparsity says."""
     room = round(sparsity * sum(sizes)) - (sum(sizes) - sum(alive))
     chosen = []
     for u in sorted((u for u in range(len(alive)) if alive[u]), key=lambda u: float(costs[u]) / alive[u]):
-        room -= alive[u]
-        if room < 0:
-            break
-        chosen.append(u)
+        if alive[u] <= room:
+            room -= alive[u]
+            chosen.append(u)
     return torch.tensor(chosen, dtype=torch.long)
 
 

@@ -316,10 +316,10 @@ X, Y = torch.zeros(4, 4, dtype=torch.float64), torch.zeros(4, dtype=torch.long)
         ({"curvature": "hessian"}, r"curvature is 'fisher' or a matrix, got 'hessian': quadric.Dense"),
         ({"curvature": torch.eye(15)}, r"got Tensor: quadric.Dense\(hessian, damping\) makes one"),
         ({"curvature": quadric.Diagonal(torch.ones(4))}, "4 coordinates and the parameters 15: flatten weight, bias"),
-        ({"num_grads": 0}, "num_grads ≥ 1 or None, got 0: None takes all"),
-        ({"block_size": 2.0}, "block_size ≥ 1 or None, got 2.0"),
+        ({"num_grads": 0}, "num_grads ≥ 1, an integer, got 0: None takes all"),
+        ({"block_size": 2.0}, r"block_size ≥ 1, an integer, got 2\.0"),
         ({"shrinkage": 2}, "0 ≤ shrinkage ≤ 1, got 2"),
-        ({"damping": 0.0}, "damping must be positive and finite, got 0.0"),
+        ({"damping": 0.0}, r"0 < damping < ∞, got 0\.0"),
         ({"params": [nn.Linear(2, 2).weight]}, r"a tensor of shape \(2, 2\), no parameter of Linear: pass some"),
         ({"params": []}, "no parameter that asks for a gradient: pass params"),
         ({"train": iter([(X, Y)])}, "train is list_iterator, which ends after one pass: pass a list or a DataLoader"),
@@ -344,11 +344,11 @@ def test_refusals(given, told):
 def test_parameters_that_are_not_finite_or_have_no_shape_are_refused():
     model, train, test = problem()
     model.bias.data[1] = math.inf
-    with pytest.raises(ValueError, match="bias holds inf: load parameters that are finite"):
+    with pytest.raises(ValueError, match="bias holds inf: load weights that are finite"):
         influence(model, train, test, loss_fn=cross_entropy)
     with pytest.raises(ValueError, match="weight has no shape yet: call the model once"):
         influence(nn.LazyLinear(3), train, test, loss_fn=cross_entropy)
-    with pytest.raises(ValueError, match=r"weight is of torch\.complex64: pass params without it"):
+    with pytest.raises(ValueError, match=r"weight is of torch\.complex64: .*"):
         influence(nn.Linear(4, 3, dtype=torch.complex64), train, test, loss_fn=cross_entropy)
 
 

@@ -18,6 +18,7 @@ Papers: Koh and Liang, arXiv 1703.04730; Martens, arXiv 1412.1193, for the Fishe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import islice
@@ -25,17 +26,16 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import RandomSampler
 
-from quadric.matrix import PSDMatrix, positive_damping
-from quadric.optimizer import require
-from quadric.pruning.evidence import Evidence, Given, GradientBlocks, GradientRows
+from quadric.matrix import PSDMatrix
+from quadric.optimizer import is_number, require, whole
+from quadric.pruning.evidence import Evidence, Given, gradient_evidence
 from quadric.pruning.gradients import LossFunction, evaluating, example_gradients, losses, mean_gradients
 from quadric.pruning.memory import SPARE, Plan, available_bytes, plan_memory, size
 from quadric.pruning.progress import Watch, watcher
-from quadric.pruning.weights import Weights
+from quadric.pruning.weights import Weights, refuse_unfit
 from quadric.tiles import Tiles, wide
 
 __all__ = ["influence"]
@@ -108,8 +108,7 @@ def influence(
 
     Paper: Koh and Liang, arXiv 1703.04730.
     """
-    _check(curvature, num_grads, block_size, shrinkage)
-    damping = positive_damping(damping)
+    _check(curvature, num_grads, block_size, damping, shrinkage)
     weights = _find_params(model, params)
     training, testing = _Examples.of(train, "train"), _Examples.of(test, "test")
     matrix = curvature if isinstance(curvature, PSDMatrix) else None
@@ -128,7 +127,7 @@ def influence(
         source.try_out({"test": (loss_fn, testing), "train": (loss_fn, training), "fisher": (fisher_loss_fn, training)})
         if plan is not None:
             watch(str(plan), 0.0)
-            evidence = _fisher(plan, weights.dim, block_size, damping, shrinkage)
+            evidence = gradient_evidence(plan, weights.dim, block_size, damping, shrinkage)
             for rows in source.gradients("fisher", _drawn(training.count, plan.gradients)):
                 for row in rows:
                     evidence.add(row)
@@ -146,7 +145,7 @@ def influence(
     return found.to(like.device, torch.promote_types(like.dtype, torch.float32))
 
 
-def _check(curvature: object, num_grads: int | None, block_size: int | None, shrinkage: float) -> None:
+def _check(curvature: object, num_grads: int | None, block_size: int | None, damping: float, shrinkage: float) -> None:
     require(
         curvature == "fisher" if isinstance(curvature, str) else isinstance(curvature, PSDMatrix),
         "curvature",
@@ -155,9 +154,12 @@ def _check(curvature: object, num_grads: int | None, block_size: int | None, shr
         "quadric.Dense(hessian, damping) makes one of a tensor",
     )
     for name, value in (("num_grads", num_grads), ("block_size", block_size)):
-        whole = isinstance(value, int) and not isinstance(value, bool) and value >= 1
-        require(value is None or whole, name, value, f"{name} ≥ 1 or None", "None takes all")
-    require(0 <= shrinkage <= 1, "shrinkage", shrinkage, "0 ≤ shrinkage ≤ 1", "0.0 takes the matrix as it is")
+        if value is not None:
+            whole(name, value, 1, "None takes all")
+    part = is_number(shrinkage) and 0 <= shrinkage <= 1
+    require(part, "shrinkage", repr(shrinkage), "0 ≤ shrinkage ≤ 1", "0.0 takes the matrix as it is")
+    positive = is_number(damping) and 0 < damping < math.inf
+    require(positive, "damping", repr(damping), "0 < damping < ∞", "take the λ of the L2 term")
 
 
 def _find_params(model: nn.Module, params: Iterable[nn.Parameter] | None) -> Weights:
@@ -172,13 +174,7 @@ def _find_params(model: nn.Module, params: Iterable[nn.Parameter] | None) -> Wei
             raise ValueError(
                 f"params holds {told}, no parameter of {type(model).__name__}: pass some of its parameters"
             )
-        if is_lazy(p):
-            raise ValueError(f"{name} has no shape yet: call the model once on a batch")
-        if p.is_complex() or hasattr(p, "to_local"):
-            told = "sharded (DTensor)" if hasattr(p, "to_local") else f"of {p.dtype}"
-            raise ValueError(f"{name} is {told}: pass params without it")
-        if not bool(torch.isfinite(p).all()):
-            raise ValueError(f"{name} holds {p[~torch.isfinite(p)][0].item()}: load parameters that are finite")
+        refuse_unfit(name, p)
         found[name] = (p, model.get_submodule(name.rpartition(".")[0]))
     if not found:
         raise ValueError(f"{type(model).__name__} has no parameter that asks for a gradient: pass params")
@@ -311,19 +307,7 @@ def _drawn(count: int, wanted: int) -> Tensor:
 def _plan(weights: Weights, gradients: int, block_size: int | None) -> Plan:
     """How to keep the gradients of the curvature; sums of their outer products where these are smaller."""
     size = min(block_size or weights.dim, weights.dim)
-    types = {torch.promote_types(p.dtype, torch.float32) for p in weights.params}
-    kind = max(types, key=lambda kind: kind.itemsize)
-    return plan_memory(weights.dim, gradients, size, kind, None, weights.params[0].device)
-
-
-def _fisher(
-    plan: Plan, dim: int, block_size: int | None, damping: float, shrinkage: float
-) -> GradientBlocks | GradientRows:
-    kind = GradientBlocks if plan.by_block else GradientRows
-    tiles = Tiles.runs(dim, block_size)
-    if plan.by_block and not tiles.one_each:  # a block of sums is one tile, however long
-        tiles = Tiles([dim], dim)
-    return kind(tiles, plan, damping, shrinkage)
+    return plan_memory(weights.dim, gradients, size, weights.dtype, None, weights.params[0].device)
 
 
 def _refuse_too_many(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from abc import ABC, abstractmethod
 from collections import defaultdict
 from collections.abc import Callable, Iterable
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 
 from quadric.curvature import Curvature, damping_at
 
-__all__ = ["Block", "CurvatureOptimizer", "require"]
+__all__ = ["Block", "CurvatureOptimizer", "is_number", "require", "whole"]
 
 Group = dict[str, Any]
 
@@ -359,6 +360,22 @@ def require(valid: bool, name: str, value: Any, condition: str, remedy: str) -> 
     """
     if not valid:
         raise ValueError(f"{name} must satisfy {condition}, got {value}: {remedy}")
+
+
+def whole(name: str, value: Any, least: int, remedy: str) -> int:
+    """A number that counts something; not a boolean, but any other integer, numpy's too.
+
+    Raises:
+        ValueError: if it is no integer, or below ``least``.
+    """
+    counts = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    require(counts and int(value) >= least, name, repr(value), f"{name} ≥ {least}, an integer", remedy)
+    return int(value)
+
+
+def is_number(value: Any) -> bool:
+    """Whether it is a real number, numpy's too, and not a boolean."""
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
 
 
 def refuse_sparse(gradients: Iterable[Tensor]) -> None:

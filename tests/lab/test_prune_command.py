@@ -461,14 +461,26 @@ def interrupting(monkeypatch):
 
 
 def test_a_stopped_one_continues_to_the_same_results(quadric, tmp_path, interrupting):
-    words = ("prune", "--epochs", "1", "--num-grads", "8", "--sparsity", "0.5,0.9", "--methods", "obd,joint")
+    words = (
+        "prune",
+        "--epochs",
+        "1",
+        "--num-grads",
+        "8",
+        "--parts",
+        "1",
+        "--sparsity",
+        "0.5,0.9",
+        "--methods",
+        "obd,joint",
+    )
     assert quadric(*words, "--out", "whole")[0] == 0
     interrupting(60)
     status, _, err = quadric(*words, "--out", "half")
     assert status == 130
     assert err == (
-        "quadric: interrupted; continue with: quadric prune --epochs 1 --num-grads 8 --sparsity 0.5,0.9 --methods "
-        "obd,joint --out half --resume\n"
+        "quadric: interrupted; continue with: quadric prune --epochs 1 --num-grads 8 --parts 1 --sparsity 0.5,0.9 "
+        "--methods obd,joint --out half --resume\n"
     )
     finished = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "half" / "runs").glob("*.json")}
     assert len(finished) == 3

@@ -98,3 +98,12 @@ def test_a_failure_leaves_the_model_as_it_was(model, batches):
 def test_models_without_statistics_are_refused(plain):
     with pytest.raises(ValueError, match=r"no batch normalisation with running statistics: there is nothing"):
         reestimate_batch_norm(plain, [torch.ones(3, 2)], lambda model, x: model(x).sum())
+
+
+def test_a_batch_that_is_not_finite_changes_nothing():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    bad = torch.tensor([[1.0, 2.0], [float("nan"), 0.0]])
+    with pytest.raises(ValueError, match=r"running_mean of BatchNorm1d.* would not be finite: leave out the batch"):
+        reestimate_batch_norm(model, [bad], lambda model, x: model(x).sum())
+    assert all(torch.equal(before[name], buffer) for name, buffer in model.named_buffers())

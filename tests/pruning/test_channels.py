@@ -42,7 +42,7 @@ def test_chain():
     assert shown(hidden.statistics) == {("1.running_mean", 0): [0, 1], ("1.running_var", 0): [0, 1]}
     assert shown(hidden.consumers) == {("3.weight", 1): [0, 1]}
     assert shown(outputs.producers) == {("3.weight", 0): [0, 1, 2, 3]}
-    assert (outputs.removable, outputs.fixed) == (False, "the model returns them")
+    assert (outputs.removable, outputs.fixed) == (False, "the model returns its channels")
 
 
 def test_units_over_a_tensor():
@@ -214,7 +214,7 @@ def overwritten_through_a_view(self, x):
 FIXED = {
     "normalised": (
         lambda self, x: self.read(self.group(self.conv(x))),
-        "group (GroupNorm) takes its statistics over them",
+        "group (GroupNorm) takes statistics over its channels",
     ),
     "sigmoid": (
         lambda self, x: self.read(self.conv(x).sigmoid()),
@@ -229,25 +229,34 @@ FIXED = {
         lambda self, x: self.read(self.conv(x).clamp(min=0.5)),
         "clamp makes a constant of a channel of zeros before read reads it",
     ),
-    "added to inputs": (lambda self, x: self.read(self.conv(x) + x), "add reads them, which is not understood"),
-    "softmax": (lambda self, x: self.read(self.conv(x).softmax(1)), "softmax reads them, which is not understood"),
-    "some channels": (lambda self, x: self.one(self.conv(x)[:, :1]), "getitem reads them, which is not understood"),
-    "over channels": (lambda self, x: self.conv(x).mean(1), "mean reads them, which is not understood"),
+    "added to inputs": (lambda self, x: self.read(self.conv(x) + x), "add reads its channels, which is not understood"),
+    "softmax": (
+        lambda self, x: self.read(self.conv(x).softmax(1)),
+        "softmax reads its channels, which is not understood",
+    ),
+    "some channels": (
+        lambda self, x: self.one(self.conv(x)[:, :1]),
+        "getitem reads its channels, which is not understood",
+    ),
+    "over channels": (lambda self, x: self.conv(x).mean(1), "mean reads its channels, which is not understood"),
     "counted": (
         lambda self, x: self.read(self.conv(x)) * self.conv(x).shape[1],
-        "mul reads them, which is not understood",
+        "mul reads its channels, which is not understood",
     ),
     "as an axis of another": (
         lambda self, x: self.read(self.conv(x).transpose(1, 2).transpose(1, 3)),
-        "read reads them in a way that is not understood",
+        "read reads its channels in a way that is not understood",
     ),
-    "overwritten": (overwritten, "sigmoid_ reads them, which is not understood"),
-    "overwritten through a view": (overwritten_through_a_view, "sigmoid_ changes them in place"),
+    "overwritten": (overwritten, "sigmoid_ reads its channels, which is not understood"),
+    "overwritten through a view": (overwritten_through_a_view, "sigmoid_ changes its channels in place"),
     "weight read": (
         lambda self, x: self.read(self.conv(x)) + self.conv.weight.sum(),
-        "sum reads them, which is not understood",
+        "sum reads its channels, which is not understood",
     ),
-    "recurrent": (lambda self, x: self.lstm(self.conv(x).mean(2))[0], "lstm reads them, which is not understood"),
+    "recurrent": (
+        lambda self, x: self.lstm(self.conv(x).mean(2))[0],
+        "lstm reads its channels, which is not understood",
+    ),
 }
 
 
@@ -274,7 +283,7 @@ def test_every_weight_is_a_producer_in_one_space():
 
 def test_stream_under_layer_norms_is_fixed_and_the_wide_layer_is_not():
     model = GPT((8,), 11, width=8, depth=1, heads=2)
-    assert space_of(model, "token.weight").fixed == "blocks.0.norm1 (LayerNorm) takes its statistics over them"
+    assert space_of(model, "token.weight").fixed == "blocks.0.norm1 (LayerNorm) takes statistics over its channels"
     assert {entry.name for entry in space_of(model, "position.weight").producers} == {
         "token.weight",
         "position.weight",
@@ -284,7 +293,9 @@ def test_stream_under_layer_norms_is_fixed_and_the_wide_layer_is_not():
     wide = space_of(model, "blocks.0.wide.weight")
     assert wide.removable
     assert shown(wide.consumers) == {("blocks.0.narrow.weight", 1): list(range(32))}
-    assert space_of(model, "blocks.0.qkv.weight").fixed == "view in blocks.0 reads them, which is not understood"
+    assert (
+        space_of(model, "blocks.0.qkv.weight").fixed == "view in blocks.0 reads its channels, which is not understood"
+    )
 
 
 def test_model_that_cannot_be_traced_has_the_rows_of_its_layers():
@@ -307,7 +318,7 @@ def test_model_that_cannot_be_traced_has_the_rows_of_its_layers():
 def test_submodule_that_cannot_be_traced_is_seen_as_a_whole():
     inner = net(lambda self, x: self.fc(x) if x.sum() > 0 else self.fc(-x), fc=nn.Linear(3, 3))
     model = nn.Sequential(nn.Linear(2, 3), inner, nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 1))
-    assert space_of(model, "0.weight").fixed == "1 reads them, which is not understood"
+    assert space_of(model, "0.weight").fixed == "1 reads its channels, which is not understood"
     inside = space_of(model, "1.fc.weight")
     assert inside.removable
     assert inside.uncut.startswith("1 cannot be traced (TraceError: symbolically traced variables")
@@ -358,7 +369,7 @@ def test_only_weights_that_may_be_pruned():
     weights = {"2.weight": model[2].weight}
     assert space_of(model, "2.weight", weights=weights).removable
     assert space_of(model, "0.weight", weights=weights).fixed == (
-        "0.weight makes them too and is not among the weights to prune"
+        "0.weight makes its channels too and is not among the weights to prune"
     )
 
 
@@ -410,7 +421,7 @@ def test_learnt_input_of_a_layer_is_not_understood():
         read=nn.Linear(3, 1),
     )
     assert space_of(model, "first.weight").fixed == "first (Linear) is not understood"
-    assert space_of(model, "query").fixed == "first reads them, which is not understood"
+    assert space_of(model, "query").fixed == "first reads its channels, which is not understood"
 
 
 def test_table_of_which_rows_are_taken_joins_the_stream():

@@ -500,5 +500,7 @@ def test_masks_that_do_not_fit(name, shape, message):
 
 def test_model_of_outputs_alone_cannot_shrink():
     model = nn.Linear(3, 2)
-    with pytest.raises(ValueError, match=r"none of its channels may be removed \(weight: the model returns them\)"):
+    with pytest.raises(
+        ValueError, match=r"none of its channels may be removed \(weight: the model returns its channels\)"
+    ):
         compact(model, {})

@@ -134,7 +134,7 @@ def test_limits_of_a_container(monkeypatch, tmp_path):
 
 def test_bytes_for_people():
     assert size(25_600_000_000) == "25.6 GB"
-    assert size(0) == "0.0 MB"
+    assert size(0) == "0.0 kB"
 
 
 # The plan is kept. Memory that does not grow with the weights is made small, so that what grows stands out.

@@ -398,12 +398,13 @@ def prune(
         bool, Option("--per-example", help="Take gradients of single examples, not of batches.")
     ] = False,
     block_size: Annotated[
-        int | None, Option(min=1, help="Weights in a block of the Fisher matrix. [default: all in one]")
-    ] = None,
+        int,
+        Option(min=1, help="Weights in a block of the Fisher matrix; a number as large as the model puts all in one."),
+    ] = 64,
     damping: Annotated[float, Option(help="Added to the diagonal of the Fisher matrix.")] = 1e-5,
     shrinkage: Annotated[float, Option(help="Share of its off-diagonals to drop, 0 to 1.")] = 0.0,
     rounds: Annotated[int, Option(min=1, help="Remove in so many rounds, each with gradients of its own.")] = 1,
-    parts: Annotated[int, Option(min=1, help="Choose and update so many times in a round.")] = 1,
+    parts: Annotated[int, Option(min=1, help="Choose and update so many times in a round.")] = 4,
     pattern: Annotated[
         str, Option(help="unstructured, N:M (at most N of M neighbours stay) such as 2:4, block:RxC, or channel.")
     ] = "unstructured",

@@ -40,8 +40,8 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], loss_fn: Los
         The model.
 
     Raises:
-        ValueError: if the model has no running statistics, or there are no batches; the model is as before then, and
-            after any other exception.
+        ValueError: if the model has no running statistics, there are no batches, or the new statistics are not finite;
+            the model is as before then, and after any other exception.
 
     Example:
         Of the two batches the means are 1 and 3, and the variances 2.
@@ -72,6 +72,10 @@ def reestimate_batch_norm(model: nn.Module, batches: Iterable[Any], loss_fn: Los
             loss_fn(model, batch)
         if number < 0:
             raise ValueError("batches is empty: give at least one, and a list where it is gone through several times")
+        for each in norms:
+            for name, buffer in each.named_buffers(recurse=False):
+                if not bool(torch.isfinite(buffer).all()):
+                    raise ValueError(f"{name} of {each} would not be finite: leave out the batch that is not")
         done = True
     finally:
         for each, training in modes.items():

@@ -194,7 +194,7 @@ class Ledger:
         """Let a weight read the channels of a signal by slices with these atoms, the same ones in every group."""
         read = self.resolve(signal, len(atoms) * groups) if signal.axis == axis else None
         if read is None:
-            self.fix(signal, f"{who} reads them in a way that is not understood")
+            self.fix(signal, f"{who} reads its channels in a way that is not understood")
             self.fixed.append((atoms, f"{who} reads what is not followed"))
             return
         self.tie(read, atoms.repeat(groups))
@@ -223,7 +223,7 @@ class Ledger:
         for root, tensors in found.items():
             others = [made.name for made in tensors["producers"] if weights is not None and made.name not in weights]
             if others:
-                fixed.setdefault(root, f"{others[0]} makes them too and is not among the weights to prune")
+                fixed.setdefault(root, f"{others[0]} makes its channels too and is not among the weights to prune")
         return tuple(
             Space(
                 int(ranks[family == root].max()) + 1,

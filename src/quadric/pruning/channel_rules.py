@@ -151,7 +151,7 @@ def _channel_norm(ledger: Ledger, norm: _BatchNorm | _InstanceNorm, who: str, in
 
 
 def _mixing_norm(ledger: Ledger, norm: nn.Module, who: str, input: Signal) -> Signal:
-    ledger.fix(input, f"{who} ({type(norm).__name__}) takes its statistics over them")
+    ledger.fix(input, f"{who} ({type(norm).__name__}) takes statistics over its channels")
     for parameter in norm.parameters():
         ledger.untouchable.setdefault(ledger.names[id(parameter)], f"{who} normalises all features together")
     return Signal(ndim=input.ndim)
@@ -206,14 +206,14 @@ def _attention(
     average_attn_weights: bool = True,
     is_causal: bool = False,
 ) -> tuple[Signal, Signal]:
-    ledger.fix((query, key, value, key_padding_mask, attn_mask), f"{who} reads them, and {ATTENTION_WIDTH}")
+    ledger.fix((query, key, value, key_padding_mask, attn_mask), f"{who} reads its channels, and {ATTENTION_WIDTH}")
     ledger.reasons.setdefault(ledger.names[id(layer.out_proj.weight)], ATTENTION_WIDTH)
     heads(ledger, layer)
     return Signal(ndim=query.ndim), Signal()
 
 
 def _transformer(ledger: Ledger, layer: nn.Module, who: str, *args: Any, **kwargs: Any) -> Signal:
-    reason = f"{who} ({type(layer).__name__}) takes their statistics"
+    reason = f"{who} ({type(layer).__name__}) takes statistics over its channels"
     ledger.fix((args, kwargs), reason)
     taken = set()
     for module in layer.modules():

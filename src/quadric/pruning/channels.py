@@ -52,7 +52,7 @@ def channel_spaces(model: nn.Module, weights: Mapping[str, Tensor] | None = None
         >>> hidden.count, hidden.producers[0].name, hidden.consumers[0].units.tolist()
         (3, '0.weight', [0, 1, 2])
         >>> outputs.fixed
-        'the model returns them'
+        'the model returns its channels'
     """
     reader = Reader(model, weights or {})
     try:
@@ -136,7 +136,7 @@ class Reader(Ledger):
                 tensor = self.tensors.get(str(node.target))
                 values[node] = Weight(self.names[id(tensor)]) if isinstance(tensor, nn.Parameter) else Signal()
             elif node.op == "output":
-                self.fix(args, "the model returns them")
+                self.fix(args, "the model returns its channels")
             else:
                 values[node] = self.visit(node, args, kwargs, opaque)
 
@@ -155,13 +155,13 @@ class Reader(Ledger):
         if rule is not None and not alone and _fits(rule, self, args, kwargs):
             found = rule(self, *args, **kwargs)
             if in_place and isinstance(found, Signal) and found.restless:
-                self.fix(found, f"{who} changes them in place")  # which views of the same memory do not tell
+                self.fix(found, f"{who} changes its channels in place")  # which views of the same memory do not tell
             if found is not NotImplemented:
                 return found
         inputs = args[2:] if node.op == "call_module" else args
         stack = list(node.meta.get("nn_module_stack", {}).values())
         where = f" in {stack[-1][0]}" if stack and node.op != "call_module" else ""
-        self.fix((inputs, kwargs), f"{who}{where} reads them, which is not understood")
+        self.fix((inputs, kwargs), f"{who}{where} reads its channels, which is not understood")
         if node.op == "call_module" and who not in opaque:
             why = (
                 "is not understood" if _as_written(args[0]) else "has a hook, a parametrisation or a forward of its own"

@@ -27,7 +27,7 @@ from quadric.matrix import Dense, Diagonal, LowRank, PSDMatrix
 from quadric.pruning.memory import WORK, Plan
 from quadric.tiles import Tiles, slab_tiles, slabs, wide
 
-__all__ = ["Evidence", "Given", "GradientBlocks", "GradientRows", "Section", "on_the_diagonal"]
+__all__ = ["Evidence", "Given", "GradientBlocks", "GradientRows", "Section", "gradient_evidence", "on_the_diagonal"]
 
 TOGETHER = 16  # gradients that are added to sums of outer products in one product
 
@@ -174,6 +174,25 @@ class GradientBlocks(Evidence):
             scale = self.scale[first : first + some]
             matrix = Dense.of_blocks(self.sums[first : first + some], 1.0)
             yield Section(slice(first * width, (first + len(scale)) * width), matrix, scale.flatten(), width)
+
+
+def gradient_evidence(
+    plan: Plan, dim: int, block_size: int | None, damping: float, shrinkage: float
+) -> GradientRows | GradientBlocks:
+    """Evidence without gradients yet, which will keep them as a plan says.
+
+    Args:
+        plan: The plan.
+        dim: Coordinates.
+        block_size: Coordinates in a block; None for one block.
+        damping: λ.
+        shrinkage: s, from 0 to 1.
+    """
+    block_size = None if block_size is None or block_size >= dim else block_size
+    if not plan.by_block:
+        return GradientRows(Tiles.runs(dim, block_size), plan, damping, shrinkage)
+    tiles = Tiles([dim], dim) if block_size is None else Tiles.runs(dim, block_size)  # a block of sums is one tile
+    return GradientBlocks(tiles, plan, damping, shrinkage)
 
 
 def _scaled_(sums: Tensor, weight: float, scale: Tensor) -> Tensor:

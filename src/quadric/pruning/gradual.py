@@ -5,14 +5,16 @@ from __future__ import annotations
 import inspect
 import math
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields
 from typing import Any, Literal
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from quadric.optimizer import require
+from quadric.optimizer import is_number, require, whole
 from quadric.pruning.gradients import LossFunction
 from quadric.pruning.masks import HeldMasks, Masks, hold_masks, optimizers_of
+from quadric.pruning.operation import Request
 from quadric.pruning.patterns import find_pattern
 from quadric.pruning.prune import prune
 from quadric.pruning.result import PruneResult
@@ -94,15 +96,20 @@ class GradualPruner:
         masks: Mapping[str, Tensor] | None = None,
         **options: Any,
     ):
-        for name, value, least in (("start", start, 0), ("every", every, 1), ("end", end, start)):
-            whole = isinstance(value, int) and not isinstance(value, bool)
-            require(whole and value >= least, name, value, f"{name} ≥ {least}, an integer", "it counts steps")
+        start, every = whole("start", start, 0, "it counts steps"), whole("every", every, 1, "it counts steps")
+        end = whole("end", end, start, "it counts steps")
+        require(is_number(sparsity), "sparsity", repr(sparsity), "0 < sparsity < 1", "0.9 removes nine weights of ten")
         require(0 < sparsity < 1, "sparsity", sparsity, "0 < sparsity < 1", "0.9 removes nine weights of ten")
         require(0 <= initial < sparsity, "initial", initial, f"0 ≤ initial < {sparsity}", "0.0 is usual")
         require(schedule in SCHEDULES, "schedule", repr(schedule), "'cubic' or 'geometric'", "choose one of the two")
         unknown = sorted(options.keys() - OPTIONS)
         if unknown:
             raise ValueError(f"prune has no option {unknown[0]!r}: choose among {', '.join(sorted(OPTIONS))}")
+        given = inspect.signature(prune).bind(model, sparsity, **options)
+        given.apply_defaults()
+        asked: dict[str, Any] = {field.name: given.arguments[field.name] for field in fields(Request)}
+        asked["final"] = sparsity
+        Request(**asked).refuse_missing_data(batches, loss_fn)
         if isinstance(batches, Iterator):
             raise ValueError(
                 f"batches is a {type(batches).__name__} that ends once and for all, and every pruning needs data: "
@@ -186,8 +193,9 @@ class GradualPruner:
             f"after step {self._end}, every {self._every} steps",
         ]
         if self._served < total:
-            point = self._point(self._served)
-            lines += [f"next: {100 * self._level(point):.1f} % after step {point}; {total - self._served} to come"]
+            point = max(self._point(self._served), self._steps + 1)
+            level = max(self._level(self._point(self._served)), self._sparsity)
+            lines += [f"next: {100 * level:.1f} % after step {point}; {total - self._served} to come"]
         else:
             lines += ["all done, the masks are held"]
         return "\n".join(lines)

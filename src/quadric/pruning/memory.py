@@ -53,7 +53,7 @@ def plan_memory(
     dim: int,
     gradients: int,
     block_size: int | None,
-    dtype: torch.dtype | None,
+    dtype: torch.dtype,
     window_dtype: torch.dtype | None,
     device: torch.device,
 ) -> Plan:
@@ -75,14 +75,16 @@ def plan_memory(
     """
     double = torch.float32 if device.type == "mps" else torch.float64
     by_block = block_size is not None and block_size * double.itemsize <= gradients * 4 and window_dtype is None
-    types = [double] if by_block else [window_dtype] if window_dtype else [dtype or torch.float32, torch.bfloat16]
+    types = [double] if by_block else [window_dtype] if window_dtype else [dtype, torch.bfloat16]
     places = [device] if device.type == "cpu" else [device, torch.device("cpu")]
     plans = []
     for place in places:
         there = available_bytes(place)
         for kind in types:
             columns = block_size if by_block and block_size is not None else gradients
-            work = (VECTORS + 128 * by_block) * dim + min(WORK, 64 * dim * gradients)
+            # Vectors, gradients that wait for their sum, small matrices, and a tile in double precision.
+            tile = 8 * gradients * min(block_size or 8192, dim)
+            work = (VECTORS + 128 * by_block) * dim + min(WORK, 64 * dim * gradients) + tile
             plan = Plan(dim, gradients, by_block, kind, place, dim * columns * kind.itemsize, work, there)
             plans.append(plan)
             if there is None or plan.window_bytes + plan.work_bytes <= SPARE * there:
@@ -135,7 +137,8 @@ def size(count: int) -> str:
     """Bytes for people.
 
     Example:
-        >>> size(12_800_000_000), size(3_500_000)
-        ('12.8 GB', '3.5 MB')
+        >>> size(12_800_000_000), size(3_500_000), size(9_000)
+        ('12.8 GB', '3.5 MB', '9.0 kB')
     """
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+    unit, name = next((unit for unit in ((1e9, "GB"), (1e6, "MB")) if count >= unit[0]), (1e3, "kB"))
+    return f"{count / unit:.1f} {name}"

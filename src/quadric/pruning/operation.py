@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import numbers
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,8 +13,8 @@ from torch import Tensor, nn
 from quadric.backprop.walk import hessian_diagonal
 from quadric.distributed import alone, average_
 from quadric.matrix import PSDMatrix
-from quadric.optimizer import require
-from quadric.pruning.evidence import Evidence, Given, GradientBlocks, GradientRows, on_the_diagonal
+from quadric.optimizer import is_number, require, whole
+from quadric.pruning.evidence import Evidence, Given, gradient_evidence, on_the_diagonal
 from quadric.pruning.gradients import LossFunction, example_gradients, losses, mean_gradients
 from quadric.pruning.masks import Masks
 from quadric.pruning.memory import Plan, plan_memory
@@ -53,18 +52,17 @@ class Request:
     update: Update
 
     def __post_init__(self) -> None:
-        for name, least, usual in (("num_grads", 1, 256), ("rounds", 1, 4), ("parts", 1, 4), ("block_size", 1, 128)):
+        for name, usual in (("num_grads", 256), ("rounds", 4), ("parts", 4), ("block_size", 128)):
             value = getattr(self, name)
-            whole = isinstance(value, numbers.Integral) and not isinstance(value, bool) and int(value) >= least
-            none = name == "block_size" and value is None
-            require(whole or none, name, repr(value), f"{name} ≥ 1, an integer", f"{usual} is usual")
+            if value is not None or name != "block_size":
+                object.__setattr__(self, name, whole(name, value, 1, f"{usual} is usual"))
         s, damping, dtype = self.shrinkage, self.damping, self.window_dtype
-        part = _number(self.sparsity) and 0 <= self.sparsity < 1
+        part = is_number(self.sparsity) and 0 <= self.sparsity < 1
         require(part, "sparsity", repr(self.sparsity), "0 ≤ sparsity < 1", "0.9 removes nine weights of ten")
-        beyond = _number(self.final) and self.sparsity <= self.final < 1
+        beyond = is_number(self.final) and self.sparsity <= self.final < 1
         require(beyond, "final", repr(self.final), f"{self.sparsity} = sparsity ≤ final < 1", "None ends at sparsity")
-        require(_number(s) and 0 <= s <= 1, "shrinkage", repr(s), "0 ≤ shrinkage ≤ 1", "0.0 is the paper's")
-        positive = _number(damping) and 0 < damping < math.inf
+        require(is_number(s) and 0 <= s <= 1, "shrinkage", repr(s), "0 ≤ shrinkage ≤ 1", "0.0 is the paper's")
+        positive = is_number(damping) and 0 < damping < math.inf
         require(positive, "damping", repr(damping), "0 < damping < ∞", "1e-5 is usual")
         kinds = (None, torch.float64, torch.float32, torch.bfloat16, torch.float16)
         require(dtype in kinds, "window_dtype", repr(dtype), "one of torch's four floating-point types", "None chooses")
@@ -80,9 +78,17 @@ class Request:
         """Whether losses have to be differentiated."""
         return not isinstance(self.curvature, (PSDMatrix, Evidence)) and self.curvature != "magnitude"
 
+    def refuse_missing_data(self, batches: Iterable[Any] | None, loss_fn: LossFunction | None) -> None:
+        """Refuse a curvature that cannot be taken for want of data.
 
-def _number(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool)
+        Raises:
+            ValueError: if losses have to be differentiated and there are none.
+        """
+        if self.needs_data and (batches is None or not callable(loss_fn)):
+            raise ValueError(
+                f"curvature {self.curvature!r} needs data, and batches is {batches!r:.40}, loss_fn {loss_fn!r:.40}: "
+                "pass both, or curvature='magnitude'"
+            )
 
 
 class Operation:
@@ -113,11 +119,9 @@ class Operation:
         self.left: Tensor | slice = slice(None)  # the coordinates of a round
         device = weights.params[0].device
         if request.curvature == "fisher":
-            types = {torch.promote_types(p.dtype, torch.float32) for p in weights.params}
             self.plan = plan_memory(
-                weights.dim, request.num_grads, request.block_size, max(types, key=lambda kind: kind.itemsize),
-                request.window_dtype, device,
-            )  # fmt: skip
+                weights.dim, request.num_grads, request.block_size, weights.dtype, request.window_dtype, device
+            )
             device = self.plan.device
             watch(str(self.plan), 0.0)
         if isinstance(request.curvature, (PSDMatrix, Evidence)):
@@ -143,10 +147,8 @@ class Operation:
         parts = [masks.get(name, torch.ones(p.shape, dtype=torch.bool)) for name, (p, _) in self.weights.found.items()]
         kept = torch.cat([part.reshape(-1).to(self.device) for part in parts])
         before = float(self.pattern.removed(kept).min())
-        enough, told = (
-            before <= self.request.final + 0.5 / len(kept),
-            f"sparsity ≥ {before:.6g}, which masks have removed",
-        )
+        enough = before <= self.request.final + 0.5 / len(kept)
+        told = f"sparsity ≥ {before:.6g}, which masks have removed"
         require(enough, "sparsity", self.request.final, told, "raise it")
         return kept
 
@@ -163,7 +165,7 @@ class Operation:
             self.left = slice(None) if everything else self.kept.nonzero().flatten()
             evidence = self._evidence(model, loss_fn, batches)
             tiles = evidence.tiles
-            kept, unit = tiles.pad(self.kept[self.left]), tiles.pad(self.pattern.unit[self.left] + 1) - 1
+            kept, unit = tiles.pad(self.kept[self.left]).clone(), tiles.pad(self.pattern.unit[self.left] + 1) - 1
             flat = self.weights.flatten(self.weights.params, self.device).to(wide(kept))
             values = tiles.pad(flat[self.left])
             for _ in range(request.parts):
@@ -171,7 +173,7 @@ class Operation:
                 # The density shrinks by one factor from step to step, and reaches the last weight exactly.
                 t = done / steps
                 now = request.sparsity if done == steps else 1 - density ** (1 - t) * (1 - request.sparsity) ** t
-                self._tell(f"removing {100 * now:.1f} %", self._gradients_a_round / request.parts / 2)
+                self._tell(f"removing {100 * now:.1f} %", self._choosing / request.parts)
                 costs = unit_costs(evidence, unit, self.pattern.count, values, kept)
                 _refuse(costs, "the costs hold")
                 chosen = self.pattern.choose(costs, self.kept, now, request.final)
@@ -194,7 +196,7 @@ class Operation:
                 for name, mask in zip(names, kept, strict=True)
             ),
             left_alone=self.weights.left_alone,
-            loss_increase=self.rise,
+            loss_increase=math.nan if self.request.curvature == "magnitude" else self.rise,
             memory=self.plan,
             model=model,
         )
@@ -204,14 +206,16 @@ class Operation:
         """Whether the curvature is there already, and over all coordinates."""
         return isinstance(self.request.curvature, (PSDMatrix, Evidence))
 
-    @property
-    def _gradients_a_round(self) -> int:
-        return self.request.num_grads if self.request.needs_data else 1
-
     def _tell(self, what: str, work: float) -> None:
         """Say what comes next, which will take so many gradients' time."""
-        self.watch(what, self.worked / (1.5 * self.request.rounds * self._gradients_a_round))
+        gradients = self.request.num_grads if self.request.needs_data else 0
+        self.watch(what, self.worked / (self.request.rounds * (gradients + self._choosing)))
         self.worked += work
+
+    @property
+    def _choosing(self) -> float:
+        """The parts of a round, as so many gradients: about half of what these take."""
+        return self.request.num_grads / 2
 
     def _evidence(self, model: nn.Module, loss_fn: LossFunction | None, batches: Iterator[Any]) -> Evidence:
         """What the curvature is at the present weights."""
@@ -228,10 +232,7 @@ class Operation:
                 total += h
             return on_the_diagonal(Tiles([dim]), total / request.num_grads, request.damping)
         assert self.plan is not None
-        kind = GradientBlocks if self.plan.by_block else GradientRows
-        size = request.block_size
-        tiles = Tiles([dim], dim) if size is not None and size >= dim else Tiles.runs(dim, size)
-        evidence = kind(tiles, self.plan, request.damping, request.shrinkage)
+        evidence = gradient_evidence(self.plan, dim, request.block_size, request.damping, request.shrinkage)
         source = example_gradients if request.per_example else mean_gradients
         for gradient in self._observed(source(model, loss_fn, batches, params)):
             evidence.add(gradient)

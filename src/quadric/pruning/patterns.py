@@ -77,9 +77,8 @@ class Pattern:
             room = target - size + int(alive[inside & ~chosen].sum())
             candidates = (inside & allowed).nonzero().flatten()
             candidates = candidates[torch.argsort(costs[candidates] / alive[candidates], stable=True)]
-            while len(
-                candidates
-            ):  # once for units of one size; a unit too large for the room leaves it to smaller ones
+            # Once for units of one size; a unit too large for what is left of the room leaves it to smaller ones.
+            while len(candidates):
                 candidates = candidates[alive[candidates] <= room]
                 taken = alive[candidates].cumsum(0) <= room
                 chosen[candidates[taken]] = True

@@ -58,17 +58,18 @@ def prune(
 
     Args:
         model: Any model; it is run in evaluation mode and its weights are changed. Modes, gradients and everything else
-            are left as they are, and on any error the weights are as before.
-        sparsity: Share of the weights that is zero at the end, 0 ≤ sparsity < 1; of blocks and channels as many go as$
+            but what its own forward changes are left as they are, and on any error the weights are as before.
+        sparsity: Share of the weights that is zero at the end, 0 ≤ sparsity < 1; of blocks and channels as many go as
             do not exceed it.
         batches: Training data, run through again and again; :math:`g_i` is the gradient of one batch.
         loss_fn: ``loss_fn(model, batch)`` → the mean loss of the batch. At labels sampled from the model,
             :func:`quadric.sampled_loss`, G is the true Fisher matrix.
         curvature: ``"fisher"`` as above; ``"hessian_diagonal"``, optimal brain damage with :math:`|h| + \lambda`;
-            ``"magnitude"``, the identity, which needs no data; or any matrix over the weights in the model's order.
+            ``"magnitude"``, the identity, which needs no data; or any matrix over the weights in the model's order, or
+            gradients gathered before, as evidence of :mod:`quadric.pruning.evidence`.
         num_grads: m, gradients a round (batches, where the curvature is the Hessian diagonal).
-        block_size: Keep only blocks of G of so many consecutive weights of those that are left; 64 to 128 are good for
-            one-shot pruning, and need the least memory.
+        block_size: Keep only blocks of G of so many consecutive weights of those that are left; 64 is good, and needs
+            the least memory. One block of all sees a few gradients in very many dimensions.
         damping: λ, positive.
         rounds: Times that new gradients are taken, with the density shrinking geometrically from round to round.
         parts: Times a round that weights are chosen and removed with the same gradients, so that a choice knows what
@@ -93,6 +94,8 @@ def prune(
     Raises:
         ValueError: if an argument is out of range, the loss or a gradient is not finite, or the gradients do not fit
             into memory.
+        RuntimeError: in inference mode, or if ``torch.func`` cannot map the loss over examples.
+        UnsupportedOperation: if the Hessian diagonal has no rule for an operation of the loss.
 
     Example:
         Two weights and the loss (w₁ + w₂ − 2)²/2 at its minimum (1.5, 0.5): to remove the smaller one costs nothing if
@@ -123,11 +126,7 @@ def prune(
         window_dtype,
         update,
     )
-    if request.needs_data and (batches is None or not callable(loss_fn)):
-        raise ValueError(
-            f"curvature {curvature!r} needs data, and batches is {batches!r:.40}, loss_fn {loss_fn!r:.40}: pass both, "
-            "or curvature='magnitude'"
-        )
+    request.refuse_missing_data(batches, loss_fn)
     weights, found = find_pattern(pattern, scope, request.final, model, targets, ignore)
     operation = Operation(weights, found, request, masks or {}, watcher(progress))
     before = [p.detach().clone() for p in weights.params]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from dataclasses import dataclass
 
@@ -45,7 +46,7 @@ class PruneResult:
         masks: By name of each pruned parameter, True where a weight is kept; :func:`quadric.hold_masks` takes them.
         layers: The pruned parameters, in the model's order.
         left_alone: Names of other weights, each with the reason.
-        loss_increase: The rise of the loss that the curvature predicts, in units of the loss.
+        loss_increase: The rise of the loss that the curvature predicts, in units of the loss; NaN after magnitude.
         memory: How gradients were kept; None where there were none.
         model: The model, pruned in place.
     """
@@ -93,6 +94,8 @@ class PruneResult:
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join((row[0].ljust(widths[0]), *map(str.rjust, row[1:], widths[1:]))) for row in rows]
         lines += [f"left alone: {name} ({reason})" for name, reason in self.left_alone.items()]
-        return "\n".join([*lines, f"predicted rise of the loss: {self.loss_increase:.3g}"])
+        if not math.isnan(self.loss_increase):
+            lines.append(f"predicted rise of the loss: {self.loss_increase:.3g}")
+        return "\n".join(lines)
 
     __repr__ = __str__

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -13,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from quadric.layers.targets import IGNORED, Choice, find_targets
 
-__all__ = ["Weights", "find_weights"]
+__all__ = ["Weights", "find_weights", "refuse_unfit"]
 
 BY_DEFAULT = (nn.Linear, _ConvNd, nn.MultiheadAttention, nn.RNNBase, nn.RNNCellBase, nn.Bilinear)
 
@@ -56,9 +55,9 @@ class Weights:
         return sum(self.sizes)
 
     @property
-    def spans(self) -> list[tuple[int, int]]:
-        """The coordinates of each parameter."""
-        return list(itertools.pairwise(itertools.accumulate(self.sizes, initial=0)))
+    def dtype(self) -> torch.dtype:
+        """The widest type of their gradients, float32 or better."""
+        return max((torch.promote_types(p.dtype, torch.float32) for p in self.params), key=lambda kind: kind.itemsize)
 
     def flatten(self, tensors: Iterable[Tensor], device: torch.device) -> Tensor:
         """Tensors shaped like the parameters as one vector, ``(dim,)``, in float32 or better."""
@@ -87,7 +86,7 @@ class Weights:
         """These and further parameters of the model, whatever their shape."""
         places = {name: (model.get_parameter(name), model.get_submodule(name.rpartition(".")[0])) for name in names}
         for name, (p, _) in places.items():
-            _refuse(name, p)
+            refuse_unfit(name, p)
         return Weights(self.found | places, self.left_alone)
 
     @torch.no_grad()
@@ -152,7 +151,7 @@ def find_weights(model: nn.Module, targets: Choice, ignore: Choice) -> Weights:
         told = _told(left_alone) or "it has no weight of two axes"
         raise ValueError(f"there is nothing to prune in {type(model).__name__} ({told}): name weights in targets")
     for name, (p, _) in found.items():
-        _refuse(name, p)
+        refuse_unfit(name, p)
     return Weights(found, left_alone)
 
 
@@ -160,7 +159,12 @@ def _told(reasons: dict[str, str]) -> str:
     return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
-def _refuse(name: str, p: Tensor) -> None:
+def refuse_unfit(name: str, p: Tensor) -> None:
+    """Refuse a parameter that has no dense finite real values of its own.
+
+    Raises:
+        ValueError: if so.
+    """
     if is_lazy(p):
         raise ValueError(f"{name} has no shape yet: call the model once on a batch")
     if p.is_meta or p.layout != torch.strided:
@@ -168,7 +172,7 @@ def _refuse(name: str, p: Tensor) -> None:
     if any(stride == 0 and size > 1 for stride, size in zip(p.stride(), p.shape, strict=True)):
         raise ValueError(f"{name} of shape {tuple(p.shape)} repeats one memory: make it nn.Parameter(p.clone())")
     if p.is_complex() or not p.is_floating_point():
-        raise ValueError(f"{name} is of {p.dtype}: leave it out with ignore={name!r}")
+        raise ValueError(f"{name} is of {p.dtype}: leave it out")
     if hasattr(p, "to_local"):
         raise ValueError(f"{name} is sharded (DTensor): prune the whole model before sharding it")
     if not bool(torch.isfinite(p).all()):
