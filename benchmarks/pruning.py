@@ -424,6 +424,7 @@ EXPERIMENTS: dict[str, Experiment] = {
             "single, path of 18 rounds, 4 parts": partial(path, rounds=3, parts=4, update="single"),
             "joint, path of 18 rounds": partial(path, rounds=3),
             "joint, path of 18 rounds, 4 parts": partial(path, rounds=3, parts=4),
+            "joint, path of 18 rounds, 4 parts, 256 gradients": partial(path, rounds=3, parts=4, share=4.0),
         },
         fixed=("magnitude",),
     ),
