@@ -24,12 +24,10 @@ import torch
 from torch import Tensor
 
 from quadric.matrix import Dense, Diagonal, LowRank, PSDMatrix
-from quadric.pruning.memory import WORK, Plan
+from quadric.pruning.memory import TOGETHER, WORK, Plan
 from quadric.tiles import Tiles, slab_tiles, slabs, wide
 
 __all__ = ["Evidence", "Given", "GradientBlocks", "GradientRows", "Section", "gradient_evidence", "on_the_diagonal"]
-
-TOGETHER = 16  # gradients that are added to sums of outer products in one product
 
 
 @dataclass(frozen=True)

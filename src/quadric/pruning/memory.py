@@ -11,6 +11,7 @@ import torch
 __all__ = ["Plan", "available_bytes", "plan_memory"]
 
 VECTORS = 200  # bytes a weight for everything that is as long as the weights: values, costs, their order, an update
+TOGETHER = 16  # gradients that wait to be added to sums of outer products in one product
 WORK = 2**30  # bytes for the small matrices of as many blocks as are worked on at a time
 SPARE = 0.95  # of what is available may be used
 
@@ -82,9 +83,9 @@ def plan_memory(
         there = available_bytes(place)
         for kind in types:
             columns = block_size if by_block and block_size is not None else gradients
-            # Vectors, gradients that wait for their sum, small matrices, and a tile in double precision.
-            tile = 8 * gradients * min(block_size or 8192, dim)
-            work = (VECTORS + 128 * by_block) * dim + min(WORK, 64 * dim * gradients) + tile
+            tile = gradients * min(block_size or 8192, dim)  # in double precision
+            waiting = TOGETHER * dim if by_block else 0
+            work = VECTORS * dim + min(WORK, 64 * dim * gradients) + double.itemsize * (tile + waiting)
             plan = Plan(dim, gradients, by_block, kind, place, dim * columns * kind.itemsize, work, there)
             plans.append(plan)
             if there is None or plan.window_bytes + plan.work_bytes <= SPARE * there:
