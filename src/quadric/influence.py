@@ -26,13 +26,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
 from torch.utils.data import RandomSampler
 
 from quadric.matrix import PSDMatrix
 from quadric.optimizer import is_number, require, whole
 from quadric.pruning.evidence import Evidence, Given, gradient_evidence
-from quadric.pruning.gradients import LossFunction, evaluating, example_gradients, losses, mean_gradients
+from quadric.pruning.gradients import LossFunction, evaluating, example_gradients, examples_in, losses, mean_gradients
 from quadric.pruning.memory import SPARE, Plan, available_bytes, plan_memory, size
 from quadric.pruning.progress import Watch, watcher
 from quadric.pruning.weights import Weights, refuse_unfit
@@ -214,14 +214,12 @@ class _Examples:
             )
         lengths = []
         for number, batch in enumerate(batches):
-            tensors = [x for x in tree_leaves(batch) if isinstance(x, Tensor)]
-            counts = {len(x) if x.ndim else 0 for x in tensors}
-            if len(counts) != 1 or 0 in counts:
-                shapes = ", ".join(str(tuple(x.shape)) for x in tensors) or "no tensor"
+            count, shapes = examples_in(batch)
+            if not count:
                 raise ValueError(
                     f"batch {number} of {name} has {shapes}: pass batches whose tensors have the examples as first axis"
                 )
-            lengths.append(counts.pop())
+            lengths.append(count)
         if not lengths:
             raise ValueError(f"{name} is empty: pass at least one example")
         return cls(batches, tuple(lengths))

@@ -35,7 +35,15 @@ UsageError: type[Exception] = typer.BadParameter.__bases__[0]
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
-# Options that mean the same to every command.
+# Options that mean the same to every command, or to those that look at one network.
+TaskName = Annotated[
+    str | None,
+    Option(
+        help="digits, mnist, fashion-mnist or cifar10, each also followed by -autoencoder; shakespeare, "
+        "regression[:NAME], or the path of a text file. [default: digits]"
+    ),
+]
+TextFile = Annotated[Path | None, Option(help="Take this text file, character by character.")]
 DataDir = Annotated[
     Path | None, Option(help="Folder with data files; without it image sets are fetched from openml.org.")
 ]
@@ -247,14 +255,8 @@ def train(
 @app.command()
 def curvature(
     ctx: typer.Context,
-    task: Annotated[
-        str | None,
-        Option(
-            help="digits, mnist, fashion-mnist or cifar10, each also followed by -autoencoder; shakespeare, "
-            "regression[:NAME], or the path of a text file. [default: digits]"
-        ),
-    ] = None,
-    text: Annotated[Path | None, Option(help="Take this text file, character by character.")] = None,
+    task: TaskName = None,
+    text: TextFile = None,
     data_dir: DataDir = None,
     model: Annotated[
         str | None,
@@ -348,14 +350,8 @@ def curvature(
 @app.command()
 def prune(
     ctx: typer.Context,
-    task: Annotated[
-        str | None,
-        Option(
-            help="digits, mnist, fashion-mnist or cifar10, each also followed by -autoencoder; shakespeare, "
-            "regression[:NAME], or the path of a text file. [default: digits]"
-        ),
-    ] = None,
-    text: Annotated[Path | None, Option(help="Take this text file, character by character.")] = None,
+    task: TaskName = None,
+    text: TextFile = None,
     data_dir: DataDir = None,
     model: Annotated[
         str | None,

@@ -79,12 +79,12 @@ def on_the_diagonal(tiles: Tiles, values: Tensor, damping: float) -> Given:
     return Given(tiles, Diagonal(tiles.pad(values).abs() + damping))
 
 
-class GradientRows(Evidence):
-    """Gradients as they are.
+class Gradients(Evidence):
+    """What has been seen of gradients.
 
     Args:
-        tiles: The cut of the coordinates into blocks.
-        plan: How many gradients there will be, and their type and device.
+        tiles: The cut of the coordinates into blocks; each is one tile where sums are kept.
+        plan: How many gradients there will be, and the type and device of what is kept of them.
         damping: λ.
         shrinkage: s, from 0 to 1.
     """
@@ -92,10 +92,29 @@ class GradientRows(Evidence):
     def __init__(self, tiles: Tiles, plan: Plan, damping: float, shrinkage: float):
         super().__init__(tiles, plan.device)
         self.damping, self.shrinkage, self.seen = damping, shrinkage, 0
-        self.rows = torch.empty(tiles.count, plan.gradients, tiles.width, dtype=plan.dtype, device=plan.device)
 
+    @abstractmethod
     def add(self, gradient: Tensor) -> None:
         """Learn from a gradient, ``(dim,)``."""
+
+    @property
+    def weight(self) -> float:
+        """The factor of the sum of outer products in G."""
+        return (1 - self.shrinkage) / self.seen
+
+    def root(self, squares: Tensor) -> Tensor:
+        """D^(1/2), from the sums of the squares of the gradients' entries."""
+        return (self.damping + squares * (self.shrinkage / self.seen)).sqrt()
+
+
+class GradientRows(Gradients):
+    """Gradients as they are."""
+
+    def __init__(self, tiles: Tiles, plan: Plan, damping: float, shrinkage: float):
+        super().__init__(tiles, plan, damping, shrinkage)
+        self.rows = torch.empty(tiles.count, plan.gradients, tiles.width, dtype=plan.dtype, device=plan.device)
+
+    def add(self, gradient: Tensor) -> None:  # noqa: D102
         if self.rows.dtype == torch.float16:  # the one type with a range that gradients leave
             gradient = gradient.clamp(-65504, 65504)
         self.rows[:, self.seen] = self.tiles.cut(self.tiles.pad(gradient))
@@ -111,40 +130,30 @@ class GradientRows(Evidence):
             part = rows[first : first + some]
             columns = slice(first * width, (first + len(part)) * width)
             squares = torch.cat([slab.square().sum(1) for slab in slabs(part, wide(part))])
-            scale = (self.damping + squares * (self.shrinkage / self.seen)).sqrt()
-            weight = (1 - self.shrinkage) / self.seen
+            scale = self.root(squares)
             if narrow:
                 step = slab_tiles(part)
                 sums = part.new_empty(len(part), width, width, dtype=wide(part))
                 for slab, target in zip(slabs(part, wide(part)), sums.split(step), strict=True):
                     torch.bmm(slab.mT, slab, out=target)
-                matrix: PSDMatrix = Dense.of_blocks(_scaled_(sums, weight, scale), 1.0)
+                matrix: PSDMatrix = Dense.of_blocks(_scaled_(sums, self.weight, scale), 1.0)
             else:
                 blocks = len(part) if self.tiles.one_each else 1
                 tiles = Tiles([columns.stop - columns.start] if blocks == 1 else [width] * blocks, width)
-                matrix = LowRank.of_tiles(part, tiles, 1.0, weight, scale.reciprocal())
+                matrix = LowRank.of_tiles(part, tiles, 1.0, self.weight, scale.reciprocal())
             block = width if self.tiles.one_each else self.tiles.length
             yield Section(columns, matrix, scale.flatten(), block)
 
 
-class GradientBlocks(Evidence):
-    """The sums of the gradients' outer products within blocks.
-
-    Args:
-        tiles: The cut of the coordinates into blocks, each one tile.
-        plan: The type and device of the sums.
-        damping: λ.
-        shrinkage: s, from 0 to 1.
-    """
+class GradientBlocks(Gradients):
+    """The sums of the gradients' outer products within blocks."""
 
     def __init__(self, tiles: Tiles, plan: Plan, damping: float, shrinkage: float):
-        super().__init__(tiles, plan.device)
-        self.damping, self.shrinkage, self.seen = damping, shrinkage, 0
+        super().__init__(tiles, plan, damping, shrinkage)
         self.sums = torch.zeros(tiles.count, tiles.width, tiles.width, dtype=plan.dtype, device=plan.device)
         self.waiting = torch.zeros(tiles.count, TOGETHER, tiles.width, dtype=plan.dtype, device=plan.device)
 
-    def add(self, gradient: Tensor) -> None:
-        """Learn from a gradient, ``(dim,)``."""
+    def add(self, gradient: Tensor) -> None:  # noqa: D102
         self.waiting[:, self.seen % TOGETHER] = self.tiles.cut(self.tiles.pad(gradient))
         self.seen += 1
         if self.seen % TOGETHER == 0:
@@ -160,9 +169,8 @@ class GradientBlocks(Evidence):
         """D^(1/2) of all tiles, ``(tiles, width)``; from now on the sums are in scaled coordinates."""
         if rest := self.seen % TOGETHER:
             self._sum(rest)
-        squares = self.sums.diagonal(dim1=1, dim2=2)
-        scale = (self.damping + squares * (self.shrinkage / self.seen)).sqrt()
-        _scaled_(self.sums, (1 - self.shrinkage) / self.seen, scale)
+        scale = self.root(self.sums.diagonal(dim1=1, dim2=2))
+        _scaled_(self.sums, self.weight, scale)
         return scale
 
     def sections(self) -> Iterator[Section]:  # noqa: D102
@@ -174,9 +182,7 @@ class GradientBlocks(Evidence):
             yield Section(slice(first * width, (first + len(scale)) * width), matrix, scale.flatten(), width)
 
 
-def gradient_evidence(
-    plan: Plan, dim: int, block_size: int | None, damping: float, shrinkage: float
-) -> GradientRows | GradientBlocks:
+def gradient_evidence(plan: Plan, dim: int, block_size: int | None, damping: float, shrinkage: float) -> Gradients:
     """Evidence without gradients yet, which will keep them as a plan says.
 
     Args:

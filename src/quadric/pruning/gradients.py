@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 from quadric.distributed import alone
 from quadric.layers.intercept import left_to_torch
 
-__all__ = ["LossFunction", "evaluating", "example_gradients", "losses", "mean_gradients"]
+__all__ = ["LossFunction", "evaluating", "example_gradients", "examples_in", "losses", "mean_gradients"]
 
 LossFunction = Callable[[Any, Any], Tensor]
 CHUNK = 2**27  # bytes of gradients of single examples that are formed at a time
@@ -112,15 +112,13 @@ def example_gradients(
 
     some = max(1, CHUNK // (4 * sum(p.numel() for p in params)))
     for batch in batches:
-        from_batch = [x for x in tree_leaves(batch) if isinstance(x, Tensor)]
-        counts = {len(x) if x.ndim else 0 for x in from_batch}
-        if len(counts) != 1 or 0 in counts:
-            shapes = ", ".join(str(tuple(x.shape)) for x in from_batch) or "no tensor"
+        count, shapes = examples_in(batch)
+        if not count:
             raise ValueError(
                 f"per_example takes batches of tensors with one first axis, got {shapes}: set per_example=False"
             )
         next(losses(model, loss_fn, iter([_rows(batch, slice(0, 1), drop=True)])))  # what is wrong with it is said here
-        for start in range(0, counts.pop(), some):
+        for start in range(0, count, some):
             part = _rows(batch, slice(start, start + some))
             mapped_axes = tree_map(lambda x: 0 if isinstance(x, Tensor) else None, part)
             try:
@@ -134,6 +132,14 @@ def example_gradients(
             # A batch of one example again, because that is what loss_fn knows.
             rows = zip(*(found[names[id(p)]] for p in params), strict=True)
             yield from (list(row) for row in rows)
+
+
+def examples_in(batch: Any) -> tuple[int, str]:
+    """How many examples the tensors of a batch have as their first axis, 0 if not all as many; and their shapes."""
+    tensors = [x for x in tree_leaves(batch) if isinstance(x, Tensor)]
+    counts = {len(x) if x.ndim else 0 for x in tensors}
+    shapes = ", ".join(str(tuple(x.shape)) for x in tensors) or "no tensor"
+    return counts.pop() if len(counts) == 1 else 0, shapes
 
 
 def _rows(batch: Any, rows: slice, drop: bool = False) -> Any:
